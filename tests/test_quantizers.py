@@ -1,0 +1,276 @@
+"""Grouping, packing and each quantizer, against second implementations, properties and values worked out by hand."""
+
+import pytest
+import torch
+
+from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.grouping import group, ungroup
+from vidkv_eval.quant.identity import Identity
+from vidkv_kernels.packing import CODES_PER_BYTE, pack, unpack
+from vidkv_eval.quant.sign import Sign
+from vidkv_eval.quant.spectral import Spectral
+from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.quant.ternary import Ternary
+
+PER_CHANNEL, PER_TOKEN = "per_channel", "per_token"
+SIGN_ZERO = Sign("zero_scale", PER_CHANNEL, 4)
+SIGN_MEAN = Sign("mean_plus_minus", PER_CHANNEL, 4)
+
+
+def one_group(*values):
+    """One group of consecutive tokens in one channel, [1, 1, T, 1]."""
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
+
+
+def read_back(quantizer, states):
+    return quantizer.dequantize(quantizer.quantize(states), torch.float32)
+
+
+def complex_spectral(states, group_size, decode):
+    """The released layout: full complex transform over channels, real and imaginary series coded in groups of tokens."""
+    spectrum = torch.view_as_real(torch.fft.fft(states, dim=-1))
+    batch, heads, length, channels, _ = spectrum.shape
+    groups = spectrum.reshape(batch, heads, length // group_size, group_size, channels, 2)
+    decoded = decode(groups, dim=3).reshape(spectrum.shape).contiguous()
+    return torch.fft.ifft(torch.view_as_complex(decoded), dim=-1).real
+
+
+def zero_scale(groups, dim):
+    return (groups >= 0) * groups.abs().mean(dim, keepdim=True)
+
+
+def plus_minus(groups, dim):
+    return torch.where(groups >= 0, 1.0, -1.0) * groups.abs().mean(dim, keepdim=True)
+
+
+def mean_plus_minus(groups, dim):
+    mean = groups.mean(dim, keepdim=True)
+    return mean + plus_minus(groups - mean, dim)
+
+
+# Equivalence
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 7, 8, 64])
+@pytest.mark.parametrize("decode", [zero_scale, plus_minus, mean_plus_minus], ids=lambda decode: decode.__name__)
+def test_real_spectral_layout_reads_back_what_the_full_complex_transform_does(channels, decode):
+    states = torch.randn(2, 3, 8, channels, generator=torch.Generator().manual_seed(channels))
+    expected = complex_spectral(states, 4, decode)
+    found = read_back(Spectral(Sign(decode.__name__, PER_CHANNEL, 4)), states)
+    assert (found - expected).norm() < 1e-3 * expected.norm()  # metadata is rounded to float16
+
+
+def test_spectral_stores_one_code_per_channel():
+    quantized = Spectral(Sign("plus_minus", PER_CHANNEL, 32)).quantize(torch.randn(1, 1, 64, 64))
+    assert quantized.nbytes == 64 * 64 / 8 + 2 * 64 * 2
+
+
+def test_spectral_around_identity_gives_the_states_back():
+    for channels in (1, 2, 5, 6):
+        states = torch.randn(1, 2, 3, channels)
+        torch.testing.assert_close(read_back(Spectral(Identity()), states), states)
+
+
+def test_split_quantizes_chosen_channels_as_if_they_were_alone():
+    states = torch.randn(2, 3, 8, 6)
+    states[0, :, :, [1, 4]] *= 10
+    states[1, :, :, [0, 5]] *= 10
+    wide, normal = Affine(2, PER_CHANNEL, 4), SIGN_MEAN
+    found = read_back(SplitChannels(wide, normal, fraction=1 / 3), states)
+    for item, channels in ((0, [1, 4]), (1, [0, 5])):
+        others = [channel for channel in range(6) if channel not in channels]
+        one = states[item : item + 1]
+        assert torch.equal(found[item : item + 1][..., channels], read_back(wide, one[..., channels]))
+        assert torch.equal(found[item : item + 1][..., others], read_back(normal, one[..., others]))
+
+
+def test_split_without_wide_or_without_normal_channels_is_the_other_quantizer():
+    states = torch.randn(1, 2, 8, 6)
+    wide, normal = Affine(2, PER_CHANNEL, 4), SIGN_MEAN
+    assert torch.equal(read_back(SplitChannels(wide, normal, fraction=0), states), read_back(normal, states))
+    assert torch.equal(read_back(SplitChannels(wide, None, fraction=1), states), read_back(wide, states))
+
+
+# Properties
+
+
+@pytest.mark.parametrize("granularity", [PER_CHANNEL, PER_TOKEN])
+def test_ungroup_inverts_group(granularity):
+    states = torch.randn(2, 3, 12, 8)
+    groups = group(states, granularity, 4)
+    assert groups.shape == (2, 3, 3, 8, 4)
+    assert torch.equal(ungroup(groups, granularity), states)
+
+
+def test_groups_follow_their_granularity():
+    states = torch.arange(32).view(1, 1, 4, 8)  # token t, channel c: 8 t + c
+    assert group(states, PER_CHANNEL, 4)[0, 0, 0, 1].tolist() == [1, 9, 17, 25]
+    assert group(states, PER_TOKEN, 4)[0, 0, 0, 1].tolist() == [4, 5, 6, 7]
+
+
+def test_states_that_do_not_fill_groups_are_refused():
+    with pytest.raises(ValueError, match="10 channels .* groups of 4"):
+        group(torch.zeros(1, 1, 4, 10), PER_TOKEN, 4)
+    with pytest.raises(ValueError, match="6 tokens .* blocks of 4"):
+        group(torch.zeros(1, 1, 6, 8), PER_CHANNEL, 4)
+
+
+@pytest.mark.parametrize("code_count", CODES_PER_BYTE)
+@pytest.mark.parametrize("count", [1, 5, 8, 63])
+def test_unpack_inverts_pack_and_fills_bytes(code_count, count):
+    codes = torch.randint(code_count, (2, 3, count), dtype=torch.uint8)
+    packed = pack(codes, code_count)
+    assert packed.dtype == torch.uint8
+    assert packed.shape[-1] == -(-count // CODES_PER_BYTE[code_count])
+    assert torch.equal(unpack(packed, code_count, count), codes)
+
+
+def test_affine_keeps_values_that_lie_on_its_levels():
+    states = one_group(-1.0, 0.5, 2.0, 3.5)
+    assert torch.equal(read_back(Affine(2, PER_CHANNEL, 4), states), states)
+
+
+def test_affine_error_is_at_most_half_a_step_beyond_float16_rounding():
+    states = torch.randn(1, 2, 64, 8) * 5 + 3
+    for nbits in (2, 4, 8):
+        groups = group(states, PER_CHANNEL, 32)
+        step = (groups.amax(-1) - groups.amin(-1)) / (2**nbits - 1)
+        error = group((read_back(Affine(nbits, PER_CHANNEL, 32), states) - states).abs(), PER_CHANNEL, 32).amax(-1)
+        assert (error <= step / 2 + groups.abs().amax(-1) * 2**-9).all()
+
+
+def test_range_too_narrow_for_float16_reads_back_as_the_minimum():
+    states = one_group(1.0, 1.0 + 2**-23, 1.0, 1.0)
+    assert torch.equal(read_back(Affine(8, PER_CHANNEL, 4), states), torch.ones_like(states))
+    assert torch.equal(read_back(Affine(2, PER_CHANNEL, 4), one_group(0, 1e-9, 0, 0)), torch.zeros(1, 1, 4, 1))
+
+
+def test_constant_groups_get_codes_that_fit_their_bits():
+    codes, metadata = Affine(2, PER_CHANNEL, 4).encode(torch.full((1, 1, 1, 2, 4), 0.1))
+    assert (metadata["scale"] == 0).all()
+    assert (codes == 0).all()
+
+
+def test_states_too_large_for_metadata_are_refused():
+    with pytest.raises(OverflowError, match="float16 metadata holds at most 65504"):
+        Affine(2, PER_CHANNEL, 4).quantize(one_group(1e6, 0, 0, 0))
+
+
+def test_equal_widths_choose_the_first_channels():
+    states = torch.zeros(1, 1, 4, 6)
+    for select in ("range", "variance", "outlier"):
+        quantized = SplitChannels(Affine(2, PER_CHANNEL, 4), SIGN_ZERO, fraction=0.5, select=select).quantize(states)
+        assert quantized.static["wide_channels"].tolist() == [[0, 1, 2]]
+
+
+def test_appended_tokens_keep_the_channels_chosen_first():
+    quantizer = SplitChannels(Affine(2, PER_CHANNEL, 4), SIGN_MEAN, fraction=0.5)
+    first, second = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4)
+    first[..., 2:] *= 10
+    second[..., :2] *= 10
+    stored = quantizer.quantize(first)
+    both = stored.append(quantizer.quantize(second, like=stored))
+    assert both.static["wide_channels"].tolist() == [[2, 3]]
+    with pytest.raises(ValueError, match="like="):
+        stored.append(quantizer.quantize(second))
+
+
+def test_tokens_selected_from_stored_states_read_back_the_same():
+    quantizer = SplitChannels(Affine(2, PER_CHANNEL, 4), Spectral(SIGN_MEAN), fraction=0.5)
+    stored = quantizer.quantize(torch.randn(2, 3, 16, 6))
+    whole = quantizer.dequantize(stored, torch.float32)
+    assert torch.equal(quantizer.dequantize(stored.select_tokens(4, 12), torch.float32), whole[:, :, 4:12])
+
+
+def test_channel_indices_are_counted():
+    quantizer = SplitChannels(Identity(), Identity(), fraction=0.5)
+    assert quantizer.quantize(torch.zeros(2, 1, 1, 128)).nbytes == 2 * 128 * 4 + 2 * 64
+    assert quantizer.quantize(torch.zeros(1, 1, 1, 300)).nbytes == 300 * 4 + 150 * 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Affine(3, PER_CHANNEL, 32), "Affine.nbits is 3; allowed: 1, 2, 4, 8"),
+        (lambda: Affine(2, "per_head", 32), "Affine.granularity is 'per_head'; allowed: per_channel, per_token"),
+        (lambda: Affine(2, PER_CHANNEL, 0), "Affine.group_size is 0; allowed: integers above 0"),
+        (lambda: Sign("plus", PER_CHANNEL, 32), "Sign.levels is 'plus'; allowed: zero_scale, plus_minus, mean_plus_minus"),
+        (lambda: Ternary(-0.1, True, PER_CHANNEL, 32), "Ternary.threshold is -0.1; allowed: numbers from 0"),
+        (lambda: Ternary(0.7, "yes", PER_CHANNEL, 32), "Ternary.scaled is 'yes'; allowed: true, false"),
+        (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 1.5), "SplitChannels.fraction is 1.5; allowed: numbers from 0 to 1"),
+        (lambda: SplitChannels(SIGN_ZERO, None, 0.5), "SplitChannels.normal is None; allowed: a quantizer"),
+        (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, "width"), "SplitChannels.select is 'width'; allowed: range, variance, outlier"),
+        (lambda: Spectral("sign"), "Spectral.inner is 'sign'; allowed: a quantizer"),
+    ],
+)
+def test_impossible_settings_name_the_field_and_what_is_allowed(make, message):
+    with pytest.raises(ValueError) as error:
+        make()
+    assert message in str(error.value)
+
+
+# Values worked out by hand
+
+
+def test_affine_by_hand():
+    quantized = Affine(2, PER_CHANNEL, 8).quantize(one_group(-1, 2, 0, 0.5, 1.5, -0.5, 1, -1))
+    assert quantized.tensors["minimum"].item() == -1
+    assert quantized.tensors["scale"].item() == 1
+    # steps above the minimum: 0, 3, 1, 1.5, 2.5, 0.5, 2, 0; halves go to the even code
+    assert unpack(quantized.tensors["codes"], 4, 8).flatten().tolist() == [0, 3, 1, 2, 2, 0, 2, 0]
+    assert quantized.tensors["codes"].flatten().tolist() == [0 + 3 * 4 + 1 * 16 + 2 * 64, 2 + 0 * 4 + 2 * 16 + 0 * 64]
+
+
+@pytest.mark.parametrize(
+    ("levels", "expected"),
+    [("zero_scale", [2, 0, 2, 2]), ("plus_minus", [2, -2, 2, 2]), ("mean_plus_minus", [3, -1, -1, 3])],
+)
+def test_sign_by_hand(levels, expected):
+    # mean of |x| is 2; mean of x is 1, mean of |x - 1| is 2; exactly zero counts as positive
+    states = one_group(3, -2, 0, 3)
+    assert read_back(Sign(levels, PER_CHANNEL, 4), states).flatten().tolist() == expected
+
+
+def test_ternary_by_hand():
+    # mean of |x| is 2, threshold 0.5 * 2 = 1: not above it means zero; least-squares scale is (3 + 4) / 2
+    states = one_group(3, -4, 1, 0)
+    assert read_back(Ternary(0.5, True, PER_CHANNEL, 4), states).flatten().tolist() == [3.5, -3.5, 0, 0]
+    assert read_back(Ternary(0.5, False, PER_CHANNEL, 4), states).flatten().tolist() == [1, -1, 0, 0]
+
+
+def test_unscaled_ternary_stores_five_codes_a_byte_and_nothing_else():
+    quantized = Ternary(0.7, False, PER_CHANNEL, 32).quantize(torch.randn(1, 2, 64, 10))
+    assert list(quantized.tensors) == ["codes"]
+    assert quantized.nbytes == 2 * 2 * 64  # 320 codes a block
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "value", "expected"),
+    [
+        (Sign("zero_scale", PER_CHANNEL, 32), 3.0, 3.0),
+        (Ternary(0.5, False, PER_CHANNEL, 32), 3.0, 1.0),
+        (Affine(2, PER_CHANNEL, 32), 3.0, 3.0),
+        (Sign("zero_scale", PER_CHANNEL, 32), 0.0, 0.0),
+        (Ternary(0.5, False, PER_CHANNEL, 32), 0.0, 0.0),
+        (Affine(2, PER_CHANNEL, 32), 0.0, 0.0),
+    ],
+)
+def test_constant_groups_read_back_as_in_the_released_code(quantizer, value, expected):
+    assert (read_back(quantizer, torch.full((1, 1, 32, 2), value)) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("key_bits", "wide"), [(1.0, 0), (1.1, 12), (1.2, 25), (1.25, 32), (1.3, 38), (1.5, 64), (1.66, 84), (1.75, 96), (1.9, 115), (2.0, 128)]
+)
+def test_number_of_wide_channels_is_that_of_the_released_code(key_bits, wide):
+    quantizer = SplitChannels(Affine(2, PER_CHANNEL, 1), SIGN_ZERO, fraction=key_bits - 1)
+    assert quantizer._choose(torch.randn(1, 1, 4, 128)).shape == (1, wide)
+
+
+def test_each_selection_finds_its_channel():
+    states = torch.tensor([[-1.0, 1, -1, 1], [3.0, 0, 0, 0], [2.0, 2, 2, 2]]).T.view(1, 1, 4, 3)
+    # ranges 2, 3, 0; variances 1, 1.6875, 0; mean of |x| is 15 / 12, values above 1.5 times that: 0, 1, 4
+    choices = {"range": 1, "variance": 1, "outlier": 2}
+    for select, channel in choices.items():
+        quantizer = SplitChannels(Identity(), Identity(), fraction=0.34, select=select, outlier_factor=1.5)
+        assert quantizer.quantize(states).static["wide_channels"].tolist() == [[channel]]

@@ -1,0 +1,199 @@
+"""Every recipe file builds and has the properties of a recipe; impossible recipes are refused with a message that helps."""
+
+import pytest
+import torch
+
+from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
+
+HEADS, LENGTH, WIDTH = 2, 128, 64
+SIDES = ("key", "value")
+TABLE1 = {
+    "fp16",
+    "kivi_k2_v2",
+    "kivi_k1_v1",
+    "vidkv_k200_v200",
+    *(
+        f"vidkv_{setting}_{variant}"
+        for setting in ("k150_v158", "k150_v158_tokenvalue", "k150_v200", "k150_v200_variance", "k150_v200_outlier", "k100_v100")
+        for variant in ("published", "scaled")
+    ),
+}
+AFFINE = {"_target_": "vidkv_eval.quant.affine.Affine", "nbits": 2, "granularity": "per_channel", "group_size": 32}
+CONFIG = {"name": "mine", "label": "Mine", "source": "here", "key": AFFINE, "value": AFFINE}
+
+every_quantizer = pytest.mark.parametrize(("name", "side"), [(name, side) for name in recipe_names() for side in SIDES])
+
+
+def make_states(batch=2, dtype=torch.float16, seed=0):
+    """States with channels of different size and mean, as keys have."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.rand(1, HEADS, 1, WIDTH, generator=generator) * 4 + 0.25
+    return (size * (torch.randn(batch, HEADS, LENGTH, WIDTH, generator=generator) + 0.5)).to(dtype)
+
+
+def quantizer_of(name, side):
+    return getattr(load_recipe(name), side)
+
+
+def read_back(quantizer, states):
+    return quantizer.dequantize(quantizer.quantize(states), states.dtype)
+
+
+@every_quantizer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_shape_and_dtype_are_kept_and_values_finite(name, side, dtype):
+    states = make_states(dtype=dtype)
+    found = read_back(quantizer_of(name, side), states)
+    assert found.shape == states.shape
+    assert found.dtype == dtype
+    assert found.isfinite().all()
+
+
+@every_quantizer
+def test_stored_bytes_shrink_and_are_at_least_the_nominal_bits(name, side):
+    quantizer, states = quantizer_of(name, side), make_states()
+    bits = 8 * quantizer.quantize(states).nbytes / states.numel()
+    assert bits >= quantizer.nominal_bits
+    assert bits < 16 or name == "fp16"
+
+
+@every_quantizer
+def test_doubling_the_states_doubles_what_is_read_back(name, side):
+    quantizer, states = quantizer_of(name, side), make_states(dtype=torch.float32)
+    factor = 2 if quantizer.is_scaled else 1
+    assert torch.equal(read_back(quantizer, 2 * states), factor * read_back(quantizer, states))
+
+
+def test_only_the_published_ternary_values_are_unscaled():
+    unscaled = {(name, side) for name in recipe_names() for side in SIDES if not quantizer_of(name, side).is_scaled}
+    assert unscaled == {("vidkv_k150_v158_published", "value"), ("vidkv_k150_v158_tokenvalue_published", "value")}
+
+
+@every_quantizer
+def test_zero_states_read_back_as_zero(name, side):
+    assert (read_back(quantizer_of(name, side), torch.zeros(1, HEADS, LENGTH, WIDTH)) == 0).all()
+
+
+@every_quantizer
+@pytest.mark.parametrize("constant", [3.0, -0.75, 921.0])
+def test_constant_states_are_exact_unless_published_levels_forbid_it(name, side, constant):
+    states = torch.full((1, HEADS, LENGTH, WIDTH), constant)
+    found = read_back(quantizer_of(name, side), states)
+    if load_recipe(name).variant == "published":
+        assert found.isfinite().all()
+    else:
+        torch.testing.assert_close(found, states, rtol=1e-6, atol=0)
+
+
+@every_quantizer
+def test_sequences_of_a_batch_do_not_influence_each_other(name, side):
+    quantizer, states = quantizer_of(name, side), make_states(batch=3)
+    states[1] *= 40
+    together = read_back(quantizer, states)
+    for item in range(3):
+        assert torch.equal(together[item : item + 1], read_back(quantizer, states[item : item + 1]))
+    selected = quantizer.quantize(states).select_batch(torch.tensor([2, 0, 0]))
+    assert torch.equal(quantizer.dequantize(selected, states.dtype), together[[2, 0, 0]])
+
+
+@every_quantizer
+def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
+    quantizer = quantizer_of(name, side)
+    first, second = quantizer.quantize(make_states(seed=1)), make_states(seed=2)
+    later = quantizer.quantize(second, like=first)
+    before = quantizer.dequantize(first, torch.float32)
+    both = first.append(later)
+    expected = torch.cat([before, quantizer.dequantize(later, torch.float32)], dim=2)
+    assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
+    assert torch.equal(quantizer.dequantize(first, torch.float32), before)
+    assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - sum(t.nbytes for t in first.static.values()))
+
+
+@every_quantizer
+def test_stored_form_does_not_share_memory_with_the_states(name, side):
+    quantizer, states = quantizer_of(name, side), make_states()
+    quantized = quantizer.quantize(states)
+    expected = quantizer.dequantize(quantized, states.dtype).clone()
+    states.zero_()
+    assert torch.equal(quantizer.dequantize(quantized, states.dtype), expected)
+
+
+@every_quantizer
+def test_states_need_not_be_contiguous(name, side):
+    quantizer, states = quantizer_of(name, side), make_states()
+    strided = states.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(read_back(quantizer, strided), read_back(quantizer, states))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_equals_itself_read_again_and_says_where_it_comes_from(name):
+    recipe = load_recipe(name)
+    assert recipe == load_recipe(RECIPE_FOLDER / f"{name}.yaml") == Recipe.from_config(recipe.to_config())
+    assert hash(recipe) == hash(load_recipe(name))
+    assert recipe.label
+    assert recipe.source
+    assert recipe.variant == (name.rsplit("_", 1)[-1] if name.endswith(("published", "released", "scaled")) else "")
+
+
+def test_every_row_of_table_1_has_its_recipes():
+    assert TABLE1 <= set(recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("name", "key_bits", "value_bits"),
+    [
+        ("fp16", 16, 16),
+        ("kivi_k2_v2", 2, 2),
+        ("kivi_k1_v1", 1, 1),
+        ("vidkv_k150_v158_scaled", 1.5, 1.58),
+        ("vidkv_k150_v200_published", 1.5, 2),
+    ],
+)
+def test_nominal_bits(name, key_bits, value_bits):
+    recipe = load_recipe(name)
+    assert (recipe.key_bits, recipe.value_bits) == (key_bits, value_bits)
+
+
+def test_recipes_with_other_settings_differ():
+    assert Recipe.from_config(CONFIG) != Recipe.from_config({**CONFIG, "residual_length": 64})
+    assert len({load_recipe(name) for name in recipe_names()}) == len(recipe_names())
+
+
+def test_a_recipe_is_read_from_a_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((RECIPE_FOLDER / "kivi_k2_v2.yaml").read_text().replace("name: kivi_k2_v2", "name: mine"))
+    assert load_recipe(path).key == load_recipe("kivi_k2_v2").key
+    path.rename(tmp_path / "other.yaml")
+    with pytest.raises(RecipeError, match="recipe.name is 'mine' in other.yaml; allowed: 'other'"):
+        load_recipe(tmp_path / "other.yaml")
+
+
+def test_an_unknown_recipe_gets_the_nearest_name_and_all_names():
+    with pytest.raises(RecipeError) as error:
+        load_recipe("kivi_k2v2")
+    assert "did you mean 'kivi_k2_v2'?" in str(error.value)
+    assert all(name in str(error.value) for name in recipe_names())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual": 128}, "recipe: unknown field 'residual'; did you mean 'residual_length'?"),
+        ({"residual_length": 100}, "Recipe.residual_length is 100; allowed: multiples of 32"),
+        ({"residual_length": 0}, "Recipe.residual_length is 0; allowed: multiples of 32"),
+        ({"prefill": "dense"}, "Recipe.prefill is 'dense'; allowed: 'exact', 'quantized'"),
+        ({"flush": "drop"}, "Recipe.flush is 'drop'; allowed: 'append', 'requantize'"),
+        ({"variant": "best"}, "Recipe.variant is 'best'; allowed: '', 'published', 'released', 'scaled'"),
+        ({"key": 2}, "Recipe.key is 2; allowed: a quantizer"),
+        ({"key": {**AFFINE, "bits": 2}}, "recipe.key: unknown field 'bits'"),
+        ({"key": {**AFFINE, "nbits": 9}}, "recipe.key: Affine.nbits is 9; allowed: 1, 2, 4, 8"),
+        ({"key": {"_target_": AFFINE["_target_"], "nbits": 2}}, "recipe.key: missing granularity, group_size"),
+        ({"key": {"_target_": "os.system"}}, "recipe.key: _target_ is 'os.system'; allowed"),
+        ({"key": {"_target_": "vidkv_eval.quant.affine.Afine"}}, "recipe.key: _target_ is 'vidkv_eval.quant.affine.Afine', which is not"),
+        ({"key": {"_target_": "vidkv_eval.recipe.load_recipe"}}, "recipe.key: _target_ is 'vidkv_eval.recipe.load_recipe', which is not"),
+    ],
+)
+def test_an_impossible_recipe_names_the_field_and_what_is_allowed(change, message):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_config({**CONFIG, **change})
+    assert message in str(error.value)

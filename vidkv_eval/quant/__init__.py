@@ -1,0 +1,1 @@
+"""Quantizers: pure pairs of functions between dense states and their stored form. They know no model and no benchmark."""
