@@ -1,6 +1,6 @@
 """Render the clips of the mini data sets and write their rows.
 
-    python scripts/make_mini_data.py OUTPUT_FOLDER [--clips 64]
+    python scripts/make_mini_data.py OUTPUT_FOLDER [--clips 48]
 
 The committed data are in vidkv_eval/mini/assets; the same command gives the same rows, and the same clips with the same
 PyAV and torch versions.

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from vidkv_eval.cache import Footprint, QuantizedCache
+from vidkv_eval.cache import Footprint, QuantizedCache, RowCache
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -50,17 +50,40 @@ class PrefillMemo:
     def generate(self, model: nn.Module, plain: Callable, arguments: dict) -> torch.Tensor:
         """Call `plain(**arguments)`, the `generate` of `model`, sparing it what the last call has already computed."""
         prompt = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor | list | tuple)}
-        if prompt.keys() == self._prompt.keys() and all(_equal(value, self._prompt[name]) for name, value in prompt.items()):
-            # Without pixels `generate` does not run the vision tower, whose features only the replaced pass would read.
-            arguments = {name: value for name, value in arguments.items() if name not in PIXELS}
-            prefill = self._replay
-        else:
-            self._prompt = {}
-            prefill = functools.partial(self._compute, model.forward)
-        with _instance_attribute(model, "forward", _with_prefill(model.forward, prefill)):
+        if self._holds(prompt):
+            return self._generate_replayed(model, plain, arguments)
+        self._prompt = {}
+        with _instance_attribute(model, "forward", _with_prefill(model.forward, functools.partial(self._compute, model.forward))):
             output = plain(**arguments)
         self._prompt = prompt
         return output
+
+    def generate_rows(self, model: nn.Module, plain: Callable, arguments: dict, caches: list[QuantizedCache]) -> list[torch.Tensor]:
+        """Let several caches answer the prompt of `arguments` as one batch; greedy or sampled, but without beams.
+
+        Returns:
+            For each cache the ids [1, L] of prompt and answer, as a `generate` of its own would have returned them.
+        """
+        if arguments.get("num_beams", 1) != 1:
+            raise ValueError(f"num_beams is {arguments['num_beams']}; caches can only run side by side without beams")
+        prompt_tokens = arguments["input_ids"].shape[1]
+        self.generate(model, plain, {**arguments, "past_key_values": DynamicCache(), "max_new_tokens": 1})
+        cache = RowCache(caches)
+        ends = RowEnds(cache, _end_ids(model, arguments))
+        batch = {name: _repeat(value, len(cache)) for name, value in arguments.items()}
+        batch |= {"past_key_values": cache, "stopping_criteria": StoppingCriteriaList([ends])}
+        output = self._generate_replayed(model, plain, batch)
+        stops = [prompt_tokens + (length or output.shape[1] - prompt_tokens) for length in ends.lengths]
+        return [output[row : row + 1, :stop] for row, stop in enumerate(stops)]
+
+    def _holds(self, prompt: dict) -> bool:
+        return prompt.keys() == self._prompt.keys() and all(_equal(value, self._prompt[name]) for name, value in prompt.items())
+
+    def _generate_replayed(self, model: nn.Module, plain: Callable, arguments: dict) -> torch.Tensor:
+        # Without pixels `generate` does not run the vision tower, whose features only the replaced pass would read.
+        arguments = {name: value for name, value in arguments.items() if name not in PIXELS}
+        with _instance_attribute(model, "forward", _with_prefill(model.forward, self._replay)):
+            return plain(**arguments)
 
     def _compute(self, forward: Callable, inputs: dict) -> ModelOutput:
         exact = DynamicCache()
@@ -72,7 +95,41 @@ class PrefillMemo:
         cache = inputs["past_key_values"]
         for layer, (key_states, value_states) in enumerate(self._states):
             cache.update(key_states, value_states, layer)
-        return dataclasses.replace(self._output, past_key_values=cache)
+        logits = self._output.logits.expand(inputs["input_ids"].shape[0], -1, -1)
+        return dataclasses.replace(self._output, logits=logits, past_key_values=cache)
+
+
+class RowEnds(StoppingCriteria):
+    """Stops each row of a cache when its sequence ends; never ends the batch itself.
+
+    Attributes:
+        lengths: new tokens of each row, its end token included; None while it runs.
+    """
+
+    def __init__(self, cache: RowCache, end_ids: set[int]):
+        self.cache, self.end_ids = cache, end_ids
+        self.lengths: list[int | None] = [None] * len(cache)
+        self._steps = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
+        self._steps += 1
+        for row, last in enumerate(input_ids[:, -1].tolist()):
+            if last in self.end_ids and self.cache.is_running(row):
+                self.cache.stop(row)
+                self.lengths[row] = self._steps
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _end_ids(model: nn.Module, arguments: dict) -> set[int]:
+    ends = arguments.get("eos_token_id", model.generation_config.eos_token_id)
+    return set(ends if isinstance(ends, list | tuple) else [ends])
+
+
+def _repeat(value: object, rows: int) -> object:
+    """Repeat along the batch what `generate` takes for one prompt."""
+    if isinstance(value, torch.Tensor) and value.shape[:1] == (1,):
+        return value.expand(rows, *value.shape[1:])
+    return value * rows if isinstance(value, list | tuple) and len(value) == 1 else value
 
 
 def _with_prefill(forward: Callable, prefill: Callable[[dict], ModelOutput]) -> Callable:
@@ -117,6 +174,41 @@ def injected(
         except Exception as error:
             raise GenerateFailed(f"generate failed: {type(error).__name__}: {error}") from error
         calls.append(GenerateCall(prompt_tokens, output.shape[1] - prompt_tokens, time.perf_counter() - started, footprint))
+        return output
+
+    with _instance_attribute(model, "generate", generate):
+        yield calls
+
+
+@contextlib.contextmanager
+def injected_rows(model: nn.Module, caches: list[QuantizedCache], prefill: PrefillMemo) -> Iterator[list[GenerateCall]]:
+    """Within the block the i-th `model.generate` call gets the answer of the i-th cache; all are computed in the first.
+
+    Args:
+        model: the object whose `generate` is called, with the same prompt each time; restored at the end.
+        caches: empty, as `RowCache` takes them; more than there will be calls are allowed.
+        prefill: shares the forward pass of the prompt.
+    Yields:
+        One entry for each finished call, in order; the first takes the time of the whole batch.
+    Raises:
+        GenerateFailed: out of the first `generate`, whatever went wrong in any row.
+    """
+    plain = model.generate
+    calls: list[GenerateCall] = []
+    outputs: list[torch.Tensor] = []
+
+    @functools.wraps(plain)
+    def generate(**arguments):
+        started = time.perf_counter()
+        try:
+            if not outputs:
+                _refuse_padding(arguments.get("attention_mask"))
+                outputs.extend(prefill.generate_rows(model, plain, arguments, caches))
+            output, cache = outputs[len(calls)], caches[len(calls)]
+        except Exception as error:
+            raise GenerateFailed(f"generate failed: {type(error).__name__}: {error}") from error
+        prompt_tokens = arguments["input_ids"].shape[1]
+        calls.append(GenerateCall(prompt_tokens, output.shape[1] - prompt_tokens, time.perf_counter() - started, cache.footprint()))
         return output
 
     with _instance_attribute(model, "generate", generate):

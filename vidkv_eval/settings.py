@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs"
 GROUPS = ("profile", "model", "benchmark", "recipe", "judge")
-OPTIONAL_COUNTS = ("limit", "workers", "profile.workers")
+OPTIONAL_COUNTS = ("limit", "workers", "profile.workers", "profile.cache.rows")
 OPTIONAL_TEXTS = ("judge.api_key", "model.revision", "profile.cache.storage_dtype", "profile.data.hf_home", "profile.data.rows")
 COUNTS = (*OPTIONAL_COUNTS, "threads", "profile.threads", "model.frames", "benchmark.max_new_tokens")
 

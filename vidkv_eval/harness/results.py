@@ -21,7 +21,8 @@ class Answer:
         sample: its id.
         recipe: its name.
         text: the answer; may be empty, if the model said nothing.
-        seconds: wall time of this answer. The first recipe of a sample also pays for reading the video and for the prefill.
+        seconds: wall time of this answer. The first recipe of a sample also pays for reading the video and for the prefill;
+            recipes that decode as one batch share its time evenly.
         key_bytes, value_bytes: all that the cache stored at the end of this answer, metadata included.
         key_elements, value_elements: numbers that these bytes stand for.
     """

@@ -1,6 +1,7 @@
 """One model and one task."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import sys
@@ -13,7 +14,7 @@ from vidkv_eval import torchvision_cpu
 from vidkv_eval.frames import open_video
 from vidkv_eval.harness.results import Answer, Sample, Scores
 from vidkv_eval.harness.variables import environment_variables
-from vidkv_eval.inject import PrefillMemo, injected
+from vidkv_eval.inject import GenerateCall, GenerateFailed, PrefillMemo, injected, injected_rows
 from vidkv_eval.recipe import Recipe
 
 
@@ -88,7 +89,9 @@ class Session:
         Args:
             sample_id: index into `samples`.
             recipes: in the order wanted.
-            cache_options: storage_dtype (name) and keep_dense, as in `QuantizedCache`.
+            cache_options: storage_dtype (name) and keep_dense, as in `QuantizedCache`, and rows: how many recipes decode as one
+                batch, null for one after the other. A batch is always filled up to that many rows, because the size of a
+                batch changes the rounding of matrix products: with it, a recipe alone computes what it computes in company.
         Raises:
             VideoUnreadable: its video is missing or damaged.
             GenerateFailed: the model or the cache raised an error.
@@ -96,9 +99,25 @@ class Session:
         sample = self.samples[sample_id]
         open_video(sample.video)
         prefill = PrefillMemo()
+        options = dict(cache_options)
+        rows = options.pop("rows", None)
         with self.adapter.one_sample():
-            for recipe in recipes:
-                yield self._answer(sample, recipe, prefill if recipe.prefill == "exact" else None, cache_options)
+            if not rows:
+                for recipe in recipes:
+                    memo = prefill if recipe.prefill == "exact" else None
+                    with injected(self.adapter.model, lambda recipe=recipe: self.adapter.make_cache(recipe, **options), memo) as calls:
+                        yield self._answer(sample, recipe, calls)
+                return
+            for start in range(0, len(recipes), rows):
+                part = recipes[start : start + rows]
+                try:
+                    answers = self._answer_together(sample, part, rows, prefill, options)
+                except GenerateFailed:
+                    # Each by itself, so that the one that fails is the one that is blamed.
+                    for recipe in part:
+                        yield from self._answer_together(sample, (recipe,), rows, prefill, options)
+                else:
+                    yield from answers
 
     def score(self, texts: Sequence[str]) -> Scores:
         """Score one text for each sample with the task's own code.
@@ -113,14 +132,25 @@ class Session:
         with _without_bars():
             return score(self._task, texts, scratch=Path(self._scratch.name))
 
-    def _answer(self, sample: Sample, recipe: Recipe, prefill: PrefillMemo | None, cache_options: dict) -> Answer:
+    def _answer_together(
+        self, sample: Sample, recipes: Sequence[Recipe], rows: int, prefill: PrefillMemo, options: dict
+    ) -> list[Answer]:
+        filled = [*recipes, *[recipes[0]] * (rows - len(recipes))]
+        caches = [self.adapter.make_cache(recipe, **options) for recipe in filled]
+        started = time.perf_counter()
+        with injected_rows(self.adapter.model, caches, prefill) as calls:
+            answers = [self._answer(sample, recipe, calls) for recipe in recipes]
+        share = (time.perf_counter() - started) / len(answers)
+        return [dataclasses.replace(answer, seconds=share) for answer in answers]
+
+    def _answer(self, sample: Sample, recipe: Recipe, calls: list[GenerateCall]) -> Answer:
+        """Ask the adapter; `calls` is the log of whoever injects the cache."""
         config = self._task.config
         metadata = {"task": config.task, "split": config.test_split, "doc_id": sample.id, "repeats": 1}
         request = self._task.construct_requests(doc_id=sample.id, ctx=sample.question, metadata=metadata)
         started = time.perf_counter()
-        with injected(self.adapter.model, lambda: self.adapter.make_cache(recipe, **cache_options), prefill) as calls:
-            (result,) = self.adapter.generate_until([request])
-        (call,) = calls
+        (result,) = self.adapter.generate_until([request])
+        call = calls[-1]
         return Answer(
             sample=sample.id,
             recipe=recipe.name,

@@ -16,7 +16,7 @@ from pathlib import Path
 from vidkv_eval.mini.clips import FRAMES_PER_SECOND, write_clip
 from vidkv_eval.mini.scenes import FRAMES, QUESTION_KINDS, Event, ask, describe, sample_scene
 
-CLIPS = 64
+CLIPS = 48
 
 
 @dataclass(frozen=True)
