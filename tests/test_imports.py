@@ -78,6 +78,11 @@ def test_kernels_has_no_init_or_it_would_hide_a_package_of_that_name():
     assert not (PROJECT / "kernels" / "__init__.py").exists()
 
 
+def test_kernels_know_nothing_of_the_program_that_uses_them():
+    for path in sorted((PROJECT / "kernels").glob("*.py")):
+        assert not [name for name in imported(path) if name.startswith(("vidkv_eval", "transformers", "lmms_eval"))]
+
+
 def test_tables_and_plans_load_neither_torch_nor_transformers():
     code = (
         "import sys, vidkv_eval.cell, vidkv_eval.suite, vidkv_eval.store, vidkv_eval.run, vidkv_eval.cli\n"

@@ -6,11 +6,11 @@ import torch
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.grouping import group, ungroup
 from vidkv_eval.quant.identity import Identity
-from vidkv_kernels.packing import CODES_PER_BYTE, pack, unpack
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.ternary import Ternary
+from vidkv_kernels.packing import CODES_PER_BYTE, pack, unpack
 
 PER_CHANNEL, PER_TOKEN = "per_channel", "per_token"
 SIGN_ZERO = Sign("zero_scale", PER_CHANNEL, 4)

@@ -412,7 +412,8 @@ class RowCache(Cache):
             if cache.recipe.prefill != "exact" or not all(layer.keep_dense for layer in cache.layers):
                 raise ValueError(f"{cache.recipe.name}: caches can only run side by side with prefill: exact and keep_dense: true")
         self._is_running = [True] * len(rows)
-        super().__init__(layers=[RowLayer(list(layers), self._is_running) for layers in zip(*(cache.layers for cache in rows), strict=True)])
+        layers = zip(*(cache.layers for cache in rows), strict=True)
+        super().__init__(layers=[RowLayer(list(same_depth), self._is_running) for same_depth in layers])
 
     def __len__(self) -> int:
         return len(self._is_running)

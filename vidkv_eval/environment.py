@@ -22,7 +22,7 @@ def describe_environment(root: Path, *, device: str, threads: int) -> dict:
     return {
         "python": platform.python_version(),
         "packages": {package: package_version(package) for package in PACKAGES},
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": threads,

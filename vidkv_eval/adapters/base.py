@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
+from vidkv_eval.attention import GROUPED
 from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.inject import injected
 from vidkv_eval.recipe import Recipe, load_recipe
@@ -122,6 +123,13 @@ def with_names(function: types.FunctionType, **names: Any) -> types.FunctionType
     )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def stock_attention(name: str | None) -> dict[str, str]:
+    """Return the argument that makes a stock adapter load with this attention, or with the one that ours starts from."""
+    if name is None:
+        return {}
+    return {"attn_implementation": "sdpa" if name == GROUPED else name}
 
 
 def named_dtype(name: str) -> torch.dtype:

@@ -7,7 +7,8 @@ import torch
 from lmms_eval.models.chat.llava_hf import LlavaHf
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, with_names
+from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, stock_attention, with_names
+from vidkv_eval.attention import GROUPED, use_attention
 from vidkv_eval.frames import read_frames
 
 
@@ -26,6 +27,7 @@ class VidKVLlavaOnevision(VidKVAdapter, LlavaHf):
         revision: str = "main",
         dtype: str = "float16",
         frames: int = 32,
+        attn_implementation: str | None = None,
         device: str = "cuda",
         device_map: str | None = None,
         **stock: Any,
@@ -39,15 +41,19 @@ class VidKVLlavaOnevision(VidKVAdapter, LlavaHf):
             revision: of the repository.
             dtype: of the weights.
             frames: read from each video, spread evenly.
+            attn_implementation: a name of Transformers, or `grouped_sdpa` (see `vidkv_eval.attention`); None: its default.
             device, device_map: where the model runs; the map defaults to the device.
             **stock: further arguments of `llava_hf`.
         """
         self._refuse_other_family(pretrained, revision)
         model_class = Settled(LlavaOnevisionForConditionalGeneration, dtype=named_dtype(dtype))
         load = with_names(LlavaHf.__init__, model_map={self.model_type: model_class})
+        stock |= stock_attention(attn_implementation)
         load(self, pretrained, revision=revision, device=device, device_map=device_map or device, max_frames_num=frames, **stock)
         self._image_processor = OnceProcessor(VideoProcessor(self._image_processor, frames), self.once)
         self.use_recipe(recipe, storage_dtype, keep_dense)
+        if attn_implementation == GROUPED:
+            use_attention(self.model, GROUPED)
 
 
 class VideoProcessor:

@@ -9,7 +9,8 @@ from qwen_vl_utils import process_vision_info
 from qwen_vl_utils.vision_process import get_video_reader_backend
 from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, with_names
+from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, stock_attention, with_names
+from vidkv_eval.attention import GROUPED, use_attention
 from vidkv_eval.frames import VideoUnreadable
 
 
@@ -28,6 +29,7 @@ class VidKVQwen25VL(VidKVAdapter, Qwen2_5_VL):
         revision: str = "main",
         dtype: str = "bfloat16",
         frames: int = 32,
+        attn_implementation: str | None = None,
         device: str = "cuda",
         device_map: str | None = None,
         **stock: Any,
@@ -41,6 +43,7 @@ class VidKVQwen25VL(VidKVAdapter, Qwen2_5_VL):
             revision: of the repository.
             dtype: of the weights.
             frames: read from each video, spread evenly, at most; an even number, because the model merges pairs.
+            attn_implementation: a name of Transformers, or `grouped_sdpa` (see `vidkv_eval.attention`); None: its default.
             device, device_map: where the model runs; the map defaults to the device.
             **stock: further arguments of `qwen2_5_vl`.
         """
@@ -52,9 +55,12 @@ class VidKVQwen25VL(VidKVAdapter, Qwen2_5_VL):
             AutoProcessor=Settled(AutoProcessor, revision=revision, cap_pixels_per_frame=False),
             AutoTokenizer=Settled(AutoTokenizer, revision=revision),
         )
+        stock |= stock_attention(attn_implementation)
         load(self, pretrained, device=device, device_map=device_map or device, max_num_frames=frames, **stock)
         self.processor = OnceProcessor(self.processor, self.once)
         self.use_recipe(recipe, storage_dtype, keep_dense)
+        if attn_implementation == GROUPED:
+            use_attention(self.model, GROUPED)
         _demand_decord()
 
     def _loop_names(self) -> dict[str, Any]:

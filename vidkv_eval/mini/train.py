@@ -215,7 +215,9 @@ def train(family: ModuleType, tokenizer: Tokenizer, settings: Settings, device: 
             entry = [step, round(time.perf_counter() - started, 1), round(loss.item(), 5), round(auxiliary.item(), 4), round(accuracy, 4)]
             history.append(entry)
             if step % 200 == 0 or step <= 10:
-                log("step %d  %.0f s  loss %.5f  auxiliary %.4f  fact accuracy %.4f" % tuple(entry) + f"  gradient {norm.item():.2f}")
+                _, seconds, answer_loss, cell_loss, right = entry
+                losses = f"loss {answer_loss:.5f}  auxiliary {cell_loss:.4f}"
+                log(f"step {step}  {seconds:.0f} s  {losses}  fact accuracy {right:.4f}  gradient {norm.item():.2f}")
     report = {
         "settings": asdict(settings),
         "steps": step,
