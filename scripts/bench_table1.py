@@ -57,7 +57,8 @@ def main() -> None:
     output = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     suite = sys.argv[2] if len(sys.argv) > 2 else "table1"
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vidkv_eval.cli", "reproduce", suite, f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
+        folders = [f"paths.runs={folder}/runs", f"paths.results={folder}/results"]
+        command = [sys.executable, "-m", "vidkv_eval.cli", "reproduce", suite, *folders]
         first, peak = timed(command)
         second, _ = timed(command)
         cells = len(list(Path(folder, "runs").glob("*/cells/*/*/*/scores.json")))
