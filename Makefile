@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test test-fast lint smoke bench clean
+.PHONY: help setup test lint smoke readme bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -32,6 +32,9 @@ lint: $(STAMP)  ## style
 
 smoke: $(STAMP)  ## two samples of each mini suite through the real program
 	$(BIN)/vidkv reproduce smoke
+
+readme: $(STAMP)  ## put the recorded table into README.md
+	$(BIN)/python scripts/update_readme.py
 
 bench: $(STAMP)  ## time and peak memory of table 1 on this machine
 	$(BIN)/python scripts/bench_table1.py results/mini/bench_table1.md
