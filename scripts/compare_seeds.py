@@ -34,10 +34,8 @@ def main() -> None:
     lines.append("")
     for name, report in reports.items():
         versions = ", ".join(f"{package} {number}" for package, number in report["versions"].items())
-        lines.append(
-            f"- {name}: {report['steps']} steps of {report['settings']['batch']} clips in {report['seconds']:.0f} s, two models at a time on one "
-            f"{report['hardware']}; {versions}; {report['scores_note']}"
-        )
+        work = f"{report['steps']} steps of {report['settings']['batch']} clips in {report['seconds']:.0f} s"
+        lines.append(f"- {name}: {work}, two models at a time on one {report['hardware']}; {versions}; {report['scores_note']}")
     lines.append("- Made by `python scripts/compare_seeds.py results/mini/training results/mini/seeds.md`")
     output.write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -99,6 +99,49 @@ def test_the_dense_working_copy_changes_neither_texts_nor_bytes(session):
     assert of(True) == of(False)
 
 
+def test_recipes_that_decode_as_one_batch_give_the_texts_and_bytes_of_each_alone(session):
+    options = {"storage_dtype": "float16", "keep_dense": True, "rows": 2}
+    together = [dataclasses.replace(answer, seconds=0) for answer in session.answer(0, tiny.RECIPES, options)]
+    alone = [dataclasses.replace(answer, seconds=0) for recipe in tiny.RECIPES for answer in session.answer(0, [recipe], options)]
+    assert together == alone
+
+
+def test_a_batch_is_filled_so_that_its_size_is_the_same_in_any_company(session):
+    sizes = []
+    language_model = session.adapter.model.model.language_model
+    hook = language_model.register_forward_pre_hook(
+        lambda module, args, given: sizes.append(given["inputs_embeds"].shape[0]), with_kwargs=True
+    )
+    list(session.answer(0, tiny.RECIPES, {"keep_dense": True, "rows": 5}))
+    hook.remove()
+    assert sizes[0] == 1 and set(sizes[1:]) == {5}
+
+
+def test_a_recipe_that_quantizes_the_prefill_answers_outside_the_batch(session):
+    own_prefill = dataclasses.replace(tiny.LOW_BIT, name="own_prefill", prefill="quantized")
+    mixed = session.answer(0, [tiny.FP16, own_prefill, tiny.LOW_BIT], {"keep_dense": True, "rows": 2})
+    alone = session.answer(0, [own_prefill], {"keep_dense": True})
+    names, found = zip(*((answer.recipe, answer.text) for answer in mixed), strict=True)
+    assert names == ("fp16", "own_prefill", "low_bit") and found[1] == next(alone).text
+
+
+def test_in_a_batch_only_the_recipe_that_fails_is_blamed(session, monkeypatch):
+    make_cache = type(session.adapter).make_cache
+
+    def some_broken(self, recipe, **options):
+        cache = make_cache(self, recipe, **options)
+        if recipe.name == "broken":
+            cache.layers[0].update = None
+        return cache
+
+    monkeypatch.setattr(type(session.adapter), "make_cache", some_broken)
+    recipes = [tiny.FP16, dataclasses.replace(tiny.FP16, name="broken"), tiny.LOW_BIT]
+    answers = session.answer(0, recipes, {"keep_dense": True, "rows": 3})
+    assert next(answers).recipe == tiny.FP16.name
+    with pytest.raises(GenerateFailed):
+        next(answers)
+
+
 def test_answers_count_tokens_and_bytes(session):
     exact, low_bit = session.answer(0, tiny.RECIPES, {"storage_dtype": "float16"})
     assert exact.sample == 0 and (exact.recipe, low_bit.recipe) == ("fp16", "low_bit")

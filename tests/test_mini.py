@@ -61,6 +61,9 @@ def test_facts_are_compared_in_their_place_and_those_given_by_the_question_do_no
     where, target = "Where did the red ring go?", "The red ring moves upward to the top left."
     assert fact_share(where, target, "It moves upward to the top right.") == 2 / 3
     assert fact_share("red?", "red", "red") is None
+    after, target = "What came after the red ring?", "After the red ring came a red star."
+    assert fact_share(after, target, "After the red ring came a red star.") == 1
+    assert fact_share(after, target, "After the red ring came a blue star.") == 1 / 2
 
 
 def test_shapes_and_tracks_are_drawn_where_the_scene_says():

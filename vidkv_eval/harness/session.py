@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import sys
 import tempfile
 import time
@@ -102,22 +103,14 @@ class Session:
         options = dict(cache_options)
         rows = options.pop("rows", None)
         with self.adapter.one_sample():
-            if not rows:
-                for recipe in recipes:
-                    memo = prefill if recipe.prefill == "exact" else None
+            for shares_prefill, part in itertools.groupby(recipes, lambda recipe: recipe.prefill == "exact"):
+                if rows and shares_prefill:
+                    yield from self._answer_in_batches(sample, list(part), rows, prefill, options)
+                    continue
+                memo = prefill if shares_prefill else None
+                for recipe in part:
                     with injected(self.adapter.model, lambda recipe=recipe: self.adapter.make_cache(recipe, **options), memo) as calls:
                         yield self._answer(sample, recipe, calls)
-                return
-            for start in range(0, len(recipes), rows):
-                part = recipes[start : start + rows]
-                try:
-                    answers = self._answer_together(sample, part, rows, prefill, options)
-                except GenerateFailed:
-                    # Each by itself, so that the one that fails is the one that is blamed.
-                    for recipe in part:
-                        yield from self._answer_together(sample, (recipe,), rows, prefill, options)
-                else:
-                    yield from answers
 
     def score(self, texts: Sequence[str]) -> Scores:
         """Score one text for each sample with the task's own code.
@@ -131,6 +124,20 @@ class Session:
             raise ValueError(f"{len(texts)} texts for {len(self.samples)} samples; score every sample, in order")
         with _without_bars():
             return score(self._task, texts, scratch=Path(self._scratch.name))
+
+    def _answer_in_batches(
+        self, sample: Sample, recipes: list[Recipe], rows: int, prefill: PrefillMemo, options: dict
+    ) -> Iterator[Answer]:
+        for start in range(0, len(recipes), rows):
+            part = recipes[start : start + rows]
+            try:
+                answers = self._answer_together(sample, part, rows, prefill, options)
+            except GenerateFailed:
+                # Each by itself, so that the one that fails is the one that is blamed.
+                for recipe in part:
+                    yield from self._answer_together(sample, [recipe], rows, prefill, options)
+            else:
+                yield from answers
 
     def _answer_together(
         self, sample: Sample, recipes: Sequence[Recipe], rows: int, prefill: PrefillMemo, options: dict
