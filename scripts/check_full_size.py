@@ -4,8 +4,8 @@
     python scripts/check_full_size.py measure qwen2_5_vl_7b /data/random_qwen results/full_size/qwen2_5_vl_7b.json
     python scripts/check_full_size.py table results/full_size/*.json > results/full_size.md
 
-Every recipe answers one clip of the mini data, with a prefill of its own. `--runs` names the folder of a `vidkv run` of the
-same settings, whose answers are then compared too.
+Every recipe answers one clip of the mini data, with a prefill of its own. `--runs runs/mini` names the
+folder of a `vidkv run` of the same settings, whose answers are then compared too.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from vidkv_eval.environment import describe_environment
 from vidkv_eval.settings import PROJECT, compose
 
 RECIPES = ("fp16", "kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v158_published")
+CACHE = ("profile.cache.storage_dtype=null", "profile.cache.keep_dense=false", "profile.cache.rows=null")  # as in the paper profile
 BLOCK, RESIDUAL = 32, 128  # tokens quantized together; tokens kept in 16 bit at most
 HEAD_WIDTH = 128
 # Bytes of a block of 32 tokens of one head, keys and values. Affine 2 bit, groups of 32: 8 bytes of codes, 2 + 2 of scale and
@@ -53,6 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict:
             f"model={arguments.model}",
             f"model.pretrained={arguments.checkpoint}",
             f"benchmark.max_new_tokens={arguments.tokens}",
+            *CACHE,
             *arguments.settings,
         ]
     )
@@ -89,9 +91,10 @@ def measure(arguments: argparse.Namespace) -> dict:
         answered = answer()
         return answered, time.perf_counter() - started, torch.cuda.max_memory_allocated() if gpu else None
 
-    timed(lambda: stock_answer(session, arguments.model))  # warms up
+    first, _, _ = timed(lambda: stock_answer(session, arguments.model))  # warms up
     stock, report["stock_seconds"], report["stock_peak_gpu_bytes"] = timed(lambda: stock_answer(session, arguments.model))
     report["stock_text"] = stock
+    report["is_stock_repeatable"] = first == stock
     for name in RECIPES:
         (answer,), seconds, peak = timed(lambda name=name: list(session.answer(0, [load_recipe(name)], settings["profile"]["cache"])))
         expected = expected_bytes(name, answer.prompt_tokens, answer.output_tokens, report["layers"], report["heads"])
@@ -141,7 +144,7 @@ def table(reports: list[dict]) -> str:
     """Return the page that shows what was measured."""
     columns = (
         "model", "recipe", "prompt tokens", "new tokens", "stored MiB", "key bits", "value bits", "bits", "stored as computed",
-        "text", "seconds", "peak GPU GB",
+        "text of stock", "text of vidkv run", "seconds", "peak GPU GB",
     )  # fmt: skip
     lines = ["# The 7B models at full size", "", *(f"{line}\n" for line in caption(reports))]
     lines += [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
@@ -154,7 +157,6 @@ def row(report: dict, name: str, entry: dict) -> tuple[str, ...]:
     """Return the cells of one recipe."""
     stored = entry["key_bytes"], entry["value_bytes"]
     bits = [8 * size / entry["elements"] for size in (*stored, sum(stored) / 2)]
-    texts = [words for key, words in (("is_stock_text", "= stock"), ("is_program_text", "= vidkv run")) if entry[key]]
     return (
         report["model"],
         name,
@@ -163,10 +165,16 @@ def row(report: dict, name: str, entry: dict) -> tuple[str, ...]:
         f"{sum(stored) / 2**20:.2f}",
         *(f"{value:.3f}" for value in bits),
         "yes" if list(stored) == list(entry["expected_bytes"]) else f"no: {sum(entry['expected_bytes']) / 2**20:.2f} MiB",
-        ", ".join(texts) or "-",
+        compared(entry["is_stock_text"]) if name == "fp16" else "",
+        compared(entry["is_program_text"]),
         f"{entry['seconds']:.1f}",
         "-" if entry["peak_gpu_bytes"] is None else f"{entry['peak_gpu_bytes'] / 1e9:.2f}",
     )
+
+
+def compared(is_equal: bool | None) -> str:
+    """Return the outcome of a comparison in words."""
+    return {True: "equal", False: "**differs**", None: "not compared"}[is_equal]
 
 
 def caption(reports: list[dict]) -> list[str]:
@@ -182,13 +190,66 @@ def caption(reports: list[dict]) -> list[str]:
     return [
         "The weights are random and nothing here is a quality score. The models have the true sizes of the published checkpoints, are "
         "loaded from a folder by the same code, and answer a clip of the mini data greedily, one recipe at a time.",
-        "*stored as computed*: bytes counted from the tensors of the cache equal those computed by hand from the number of tokens. "
-        "*text*: equal to that of lmms-eval's own loop on the same weights (stock), and to that of `vidkv run`, text and bytes. "
-        "*seconds*: one answer with video, prefill and decoding. *peak GPU GB*: 10^9 bytes allocated by torch, weights included.",
+        "*stored as computed*: whether the bytes counted from the tensors of the cache are those computed by hand from the number of "
+        "tokens. *text of stock*: whether FP16 through our cache gave the text of lmms-eval's own loop on the same weights without it; "
+        "other recipes need not. *text of vidkv run*: whether the program, in another process and with one prefill for all recipes, gave "
+        "the same text and bytes. *seconds*: one answer with video, prefill and decoding. *peak GPU GB*: 10^9 bytes allocated by torch, "
+        "weights included.",
+        *disagreements(reports),
         f"{weights}.",
         f"{environment['gpu'] or environment['cpu']}; Python {environment['python']}, {packages}; {reports[0]['date']}.",
-        "Made by `scripts/make_random_checkpoint.py` and `scripts/check_full_size.py`.",
+        "Made by `scripts/make_random_checkpoint.py MODEL FOLDER` and `scripts/check_full_size.py measure MODEL FOLDER OUTPUT "
+        f"--runs runs/mini` after `vidkv run -m profile=mini model=MODEL model.pretrained=FOLDER device=cuda workers=1 threads=8 "
+        f"benchmark=video_dc limit=2 recipe={','.join(RECIPES)} "
+        f"benchmark.max_new_tokens={reports[0]['settings']['max_new_tokens']} {' '.join(CACHE)}`; "
+        f"commit {environment['commit'] or 'not recorded: measured in a copy without its history'}.",
     ]
+
+
+def disagreements(reports: list[dict]) -> list[str]:
+    """Return what has to be said where texts differ that should be equal."""
+    entries = [(report["model"], name, entry) for report in reports for name, entry in report["recipes"].items()]
+    stock = [model for model, name, entry in entries if name == "fp16" and entry["is_stock_text"] is False]
+    program = [f"{model} {name}" for model, name, entry in entries if entry["is_program_text"] is False]
+    if not stock and not program:
+        return []
+    return [
+        f"**Texts differ that should be equal.** FP16 against stock: {', '.join(stock) or 'none'}. Against `vidkv run`: "
+        f"{', '.join(program) or 'none'}. One clip was compared; where a row says equal, that is all it shows.",
+        *(repeated(report) for report in reports),
+    ]
+
+
+def repeated(report: dict) -> str:
+    """Return what scripts/check_repeatability.py found for a model."""
+    found = report["repeatability"]
+    if found is None:
+        return f"{report['model']}: whether stock generation repeats itself was not measured."
+    ways = []
+    for name, steps in found["parts_from_first_stock_run_at"].items():
+        gaps = found["gap_there"][name]
+        runs = ["equal" if step is None else f"parts at token {step} (lead {gap:.3f})" for step, gap in zip(steps, gaps, strict=True)]
+        ways.append(f"{name}: {', '.join(runs)}")
+    is_repeatable = not any(found["parts_from_first_stock_run_at"]["stock"])
+    verdict = (
+        "Stock generation repeats itself here, and the FP16 recipe gives its tokens."
+        if is_repeatable and not any(map(any, found["parts_from_first_stock_run_at"].values()))
+        else "Stock generation does not repeat itself on this machine, so that texts cannot tell whether a cache is exact."
+        if not is_repeatable
+        else "**Stock generation repeats itself here and ours differs.**"
+    )
+    return (
+        f"{report['model']}, one prompt of noise several times in one process, against the first stock run ({found['dtype']}, "
+        f"{found['prompt_tokens']} tokens, `scripts/check_repeatability.py`; lead = first logit minus second, median "
+        f"{found['median_top2_gap']:.3f}): {'; '.join(ways)}. {verdict}"
+    )
+
+
+def read(path: Path) -> dict:
+    """Read a report, and the outcome of scripts/check_repeatability.py that lies beside it."""
+    report = json.loads(path.read_text())
+    beside = path.with_name(f"repeatability_{report['model']}.json")
+    return report | {"repeatability": json.loads(beside.read_text()) if beside.exists() else None}
 
 
 def write(report: dict, path: Path) -> None:
@@ -210,7 +271,7 @@ def main() -> None:
     measuring.set_defaults(command=measure)
     showing = commands.add_parser("table", help="print the table of reports")
     showing.add_argument("reports", type=Path, nargs="+")
-    showing.set_defaults(command=lambda given: print(table([json.loads(path.read_text()) for path in given.reports]), end=""))
+    showing.set_defaults(command=lambda given: print(table([read(path) for path in given.reports]), end=""))
     arguments = parser.parse_args()
     arguments.command(arguments)
 
