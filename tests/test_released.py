@@ -86,6 +86,14 @@ def test_number_of_wide_channels_is_that_of_the_released_code(nbits, wide):
     assert sorted([*static["wide_channels"][0].tolist(), *static["normal_channels"][0].tolist()]) == list(range(128))
 
 
+@pytest.mark.parametrize("nbits", [1.0, 1.5, 2.0])
+def test_one_block_reads_back_as_the_first_of_two(nbits):
+    quantizer, states = ReleasedKeys(nbits, 32), torch.randn(1, 2, 64, 16).half()
+    two = quantizer.quantize(states)
+    one = quantizer.quantize(states[:, :, :32], like=two)
+    assert torch.equal(quantizer.dequantize(one, torch.float16), quantizer.dequantize(two, torch.float16)[:, :, :32])
+
+
 def test_channels_are_chosen_for_the_whole_batch():
     states = torch.randn(2, 1, 32, 4)
     states[0, ..., 1] *= 50

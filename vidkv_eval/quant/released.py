@@ -280,7 +280,7 @@ def _to_spectrum(states: torch.Tensor) -> torch.Tensor:
 
 
 def _from_spectrum(spectrum: torch.Tensor) -> torch.Tensor:
-    series = torch.view_as_complex(spectrum.float().unflatten(-1, (-1, 2)))
+    series = torch.view_as_complex(spectrum.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.fft.ifft(series).real.half()
 
 
