@@ -5,6 +5,7 @@ import torch
 
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.released import ReleasedAffine
+from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
@@ -168,6 +169,20 @@ def test_every_row_of_table_1_has_its_recipes():
 def test_nominal_bits(name, key_bits, value_bits):
     recipe = load_recipe(name)
     assert (recipe.key_bits, recipe.value_bits) == (key_bits, value_bits)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("vidkv_k")])
+def test_names_give_the_nominal_bits(name):
+    key_bits, value_bits = (int(part[1:]) / 100 for part in name.split("_")[1:3])
+    recipe = load_recipe(name)
+    assert (round(recipe.key_bits, 6), recipe.value_bits) == (key_bits, value_bits)
+
+
+@pytest.mark.parametrize("variant", ["published", "scaled"])
+@pytest.mark.parametrize(("key_bits", "has_transform"), [("k100", False), ("k110", False), ("k125", False), ("k150", True), ("k175", True)])
+def test_the_fourier_transform_is_used_for_the_key_fractions_of_the_paper(key_bits, has_transform, variant):
+    key = load_recipe(f"vidkv_{key_bits}_{'v100' if key_bits == 'k100' else 'v200'}_{variant}").key
+    assert isinstance(getattr(key, "normal", key), Spectral) == has_transform
 
 
 def test_recipes_with_other_settings_differ():
