@@ -72,7 +72,8 @@ def run_roundtrip(settings: Mapping[str, str]) -> str:
     """Read states, quantize them, write what is read back, and return the report as text.
 
     The file written has `key` and `value`, float32 [B, H, T, D], and `wide_channels`, int64 [wide], or [B, wide] for
-    several sequences, if the recipe chooses channels.
+    several sequences, if the recipe chooses channels. The residual is stored, and counted in effective bits, in the dtype of
+    the states: give float16 to see what a float16 model would store.
 
     Args:
         settings: by the names of `SETTINGS`; numbers as text.
