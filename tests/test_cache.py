@@ -205,7 +205,7 @@ def test_attention_sees_quantized_history_and_exact_new_tokens(keep_dense):
         assert torch.equal(seen, torch.cat([quantizer.dequantize(history, torch.float32), exact[:, :, 192:193]], dim=2))
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).flush == "append"])
 def test_flushes_leave_stored_history_untouched(name):
     cache, states = one_layer_cache(name), make_states(330)
     feed(cache, states, 0, 70)
@@ -264,6 +264,33 @@ def test_requantize_reads_history_back_and_quantizes_it_again(keep_dense):
     for index, quantizer in enumerate((recipe.key, recipe.value)):
         expected = quantizer.dequantize(quantizer.quantize(whole[index]), torch.float32)
         assert torch.equal(seen[index][:, :, :192], expected)
+
+
+@pytest.mark.parametrize("length", [20, 70, 96])
+def test_values_in_blocks_of_one_token_are_all_quantized_with_the_prompt_and_with_each_flush_if_history_is_requantized(length):
+    cache, states = one_layer_cache("kivi_k2_v2_released"), make_states(500, dtype=torch.float16)
+    feed(cache, states, 0, length)
+    key, value = (cache.layers[0].stored[side] for side in ("key", "value"))
+    assert (key.history_length, value.history_length) == (length - length % 32, length)
+    flush = length - length % 32 + RESIDUAL
+    feed_one_by_one(cache, states, length, flush - 1)
+    assert (key.residual.shape[2], value.residual.shape[2]) == (RESIDUAL - 1, flush - 1 - length)
+    feed(cache, states, flush - 1, flush)
+    assert (key.history_length, value.history_length) == (flush, flush)
+    seen = feed(cache, states, flush, 500)
+    assert seen[0].shape == seen[1].shape == (1, HEADS, 500, WIDTH)
+    feed(cache, make_states(1, dtype=torch.float16), 0, 1)
+    assert key.length == value.length == cache.get_seq_length() == 501
+
+
+def test_no_more_tokens_are_cropped_than_keys_and_values_both_hold_exactly():
+    cache, states = one_layer_cache("kivi_k2_v2_released"), make_states(75, dtype=torch.float16)
+    feed(cache, states, 0, 70)
+    feed(cache, states, 70, 75)
+    with pytest.raises(ValueError, match="crop of 6 tokens, but only the newest 5"):
+        cache.layers[0].crop(-6)
+    cache.layers[0].crop(-5)
+    assert cache.get_seq_length() == 70
 
 
 @pytest.mark.parametrize("keep_dense", [False, True])

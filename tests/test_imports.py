@@ -12,6 +12,7 @@ ORDER = (
     "quant",
     "recipe",
     "cache",
+    "roundtrip",
     "attention",
     "inject",
     "torchvision_cpu",

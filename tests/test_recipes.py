@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.released import ReleasedAffine
+from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
@@ -64,9 +67,22 @@ def test_doubling_the_states_doubles_what_is_read_back(name, side):
     assert torch.equal(read_back(quantizer, 2 * states), factor * read_back(quantizer, states))
 
 
-def test_only_the_published_ternary_values_are_unscaled():
+def test_only_ternary_values_as_published_or_released_are_unscaled():
     unscaled = {(name, side) for name in recipe_names() for side in SIDES if not quantizer_of(name, side).is_scaled}
-    assert unscaled == {("vidkv_k150_v158_published", "value"), ("vidkv_k150_v158_tokenvalue_published", "value")}
+    ternary = {name for name in recipe_names() if "_v158_" in name and name.endswith(("published", "released"))}
+    assert unscaled == {(name, "value") for name in ternary}
+
+
+def test_only_released_keys_of_mixed_precision_let_sequences_influence_each_other():
+    shared = {(name, side) for name in recipe_names() for side in SIDES if not quantizer_of(name, side).is_batch_independent}
+    mixed = {name for name in recipe_names() if name.startswith("vidkv_k1") and name.endswith("released")}
+    assert shared == {(name, "key") for name in mixed}
+
+
+def test_released_recipes_and_no_others_requantize():
+    for name in recipe_names():
+        recipe = load_recipe(name)
+        assert (recipe.flush == "requantize") == (recipe.variant == "released")
 
 
 @every_quantizer
@@ -76,22 +92,23 @@ def test_zero_states_read_back_as_zero(name, side):
 
 @every_quantizer
 @pytest.mark.parametrize("constant", [3.0, -0.75, 921.0])
-def test_constant_states_are_exact_unless_published_levels_forbid_it(name, side, constant):
+def test_constant_states_are_exact_unless_published_or_released_levels_forbid_it(name, side, constant):
     states = torch.full((1, HEADS, LENGTH, WIDTH), constant)
     found = read_back(quantizer_of(name, side), states)
-    if load_recipe(name).variant == "published":
+    if load_recipe(name).variant in ("published", "released") and not isinstance(quantizer_of(name, side), Affine | ReleasedAffine):
         assert found.isfinite().all()
     else:
         torch.testing.assert_close(found, states, rtol=1e-6, atol=0)
 
 
 @every_quantizer
-def test_sequences_of_a_batch_do_not_influence_each_other(name, side):
+def test_sequences_of_a_batch_do_not_influence_each_other_and_can_be_selected(name, side):
     quantizer, states = quantizer_of(name, side), make_states(batch=3)
     states[1] *= 40
     together = read_back(quantizer, states)
-    for item in range(3):
-        assert torch.equal(together[item : item + 1], read_back(quantizer, states[item : item + 1]))
+    if quantizer.is_batch_independent:
+        for item in range(3):
+            assert torch.equal(together[item : item + 1], read_back(quantizer, states[item : item + 1]))
     selected = quantizer.quantize(states).select_batch(torch.tensor([2, 0, 0]))
     assert torch.equal(quantizer.dequantize(selected, states.dtype), together[[2, 0, 0]])
 
@@ -152,6 +169,20 @@ def test_every_row_of_table_1_has_its_recipes():
 def test_nominal_bits(name, key_bits, value_bits):
     recipe = load_recipe(name)
     assert (recipe.key_bits, recipe.value_bits) == (key_bits, value_bits)
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.startswith("vidkv_k")])
+def test_names_give_the_nominal_bits(name):
+    key_bits, value_bits = (int(part[1:]) / 100 for part in name.split("_")[1:3])
+    recipe = load_recipe(name)
+    assert (round(recipe.key_bits, 6), recipe.value_bits) == (key_bits, value_bits)
+
+
+@pytest.mark.parametrize("variant", ["published", "scaled"])
+@pytest.mark.parametrize(("key_bits", "has_transform"), [("k100", False), ("k110", False), ("k125", False), ("k150", True), ("k175", True)])
+def test_the_fourier_transform_is_used_for_the_key_fractions_of_the_paper(key_bits, has_transform, variant):
+    key = load_recipe(f"vidkv_{key_bits}_{'v100' if key_bits == 'k100' else 'v200'}_{variant}").key
+    assert isinstance(getattr(key, "normal", key), Spectral) == has_transform
 
 
 def test_recipes_with_other_settings_differ():

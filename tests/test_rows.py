@@ -9,6 +9,7 @@ from test_inject import generate, loaded  # noqa: F401  the fixture
 from vidkv_eval.attention import GROUPED, use_attention
 from vidkv_eval.cache import QuantizedCache, RowCache
 from vidkv_eval.inject import GenerateFailed, PrefillMemo, injected, injected_rows
+from vidkv_eval.recipe import load_recipe
 
 ROWS = 4
 
@@ -38,6 +39,16 @@ def test_rows_give_the_tokens_and_bytes_of_generate_with_one_cache(loaded):  # n
         with injected(model, lambda recipe=recipe: make_cache(model, recipe)) as calls:
             assert generate(model, prompt) == tokens
         assert calls[0].footprint == footprint
+
+
+@pytest.mark.parametrize("name", ["kivi_k2_v2_released", "vidkv_k150_v158_released"])
+def test_rows_quantize_the_whole_history_anew_as_one_cache_does(name, loaded):  # noqa: F811
+    model, (prompt, _) = loaded
+    recipe = dataclasses.replace(load_recipe(name), residual_length=32)
+    (_, other), (tokens, footprint) = answer(model, prompt, [tiny.LOW_BIT, recipe])
+    with injected(model, lambda: make_cache(model, recipe)) as calls:
+        assert generate(model, prompt) == tokens
+    assert calls[0].footprint == footprint != other
 
 
 def test_a_row_that_ends_early_is_cut_after_its_end_and_stores_nothing_more(loaded):  # noqa: F811

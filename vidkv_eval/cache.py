@@ -224,17 +224,29 @@ class QuantizedLayer(CacheLayerMixin):
         is_first = self.get_seq_length() == 0
         new_states = {"key": key_states.detach(), "value": value_states.detach()}
         seen = new_states if is_first else {name: self.stored[name].read(states) for name, states in new_states.items()}
+        leaving = self._count_leaving(key_states.shape[2], is_first)
         for name, states in new_states.items():
-            self._append(name, states, is_first)
+            self._append(name, states, leaving[name])
         if is_first and self.recipe.prefill == "quantized":
             seen = {name: self.stored[name].read(states[:, :, :0]) for name, states in new_states.items()}
         return seen["key"], seen["value"]
 
-    def _append(self, name: str, states: torch.Tensor, is_first: bool) -> None:
-        # The prompt leaves less than a block in the residual; afterwards the residual is quantized whenever it is full, so
-        # that what is stored does not depend on how later tokens were divided over calls.
-        waiting = self.stored[name].residual.shape[2] + states.shape[2]
-        quantize = waiting - waiting % (self.recipe.block if is_first else self.recipe.residual_length)
+    def _count_leaving(self, new_tokens: int, is_first: bool) -> dict[str, int]:
+        """Return how many of the residual's and the new tokens leave full precision, for keys and for values."""
+        waiting = {name: stored.residual.shape[2] + new_tokens for name, stored in self.stored.items()}
+        if is_first:
+            # The prompt leaves less than a block in the residual.
+            blocks = dict.fromkeys(waiting, self.recipe.block)
+            if self.recipe.flush == "requantize":
+                # Values fill their own blocks, as in the released code: no value of the prompt is left if a block is one token.
+                blocks["value"] = self.recipe.value.block
+            return {name: count - count % blocks[name] for name, count in waiting.items()}
+        # Afterwards the residual of keys, never the shorter one, is quantized whenever it is full, and that of values with it,
+        # so that what is stored does not depend on how later tokens were divided over calls.
+        rest = waiting["key"] % self.recipe.residual_length
+        return {name: 0 if waiting["key"] < self.recipe.residual_length else count - rest for name, count in waiting.items()}
+
+    def _append(self, name: str, states: torch.Tensor, quantize: int) -> None:
         try:
             self.stored[name].append(states, quantize, requantize=self.recipe.flush == "requantize")
         except ArithmeticError as error:
@@ -276,7 +288,7 @@ class QuantizedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, found {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        residual = self.stored["key"].residual.shape[2]
+        residual = min(stored.residual.shape[2] for stored in self.stored.values())
         if -tokens_to_remove > residual:
             raise ValueError(
                 f"crop of {-tokens_to_remove} tokens, but only the newest {residual} are still in full precision and can be removed; "

@@ -1,4 +1,4 @@
-"""`vidkv run | plan | table | reproduce`: parses, calls, prints."""
+"""`vidkv run | plan | table | reproduce | roundtrip`: parses, calls, prints."""
 
 import argparse
 import shlex
@@ -19,6 +19,7 @@ DONE, FAILED, MISUSED, INTERRUPTED = 0, 1, 2, 130
 EXAMPLES = """examples:
   vidkv run model=mini_qwen2_5_vl benchmark=video_dc recipe=kivi_k2_v2 limit=8
   vidkv run -m recipe=fp16,kivi_k2_v2 model=mini_qwen2_5_vl benchmark=video_dc
+  vidkv roundtrip recipe=kivi_k2_v2 states=states.npz out=read_back.npz prompt_tokens=150
   vidkv reproduce table1 profile=paper model.pretrained=/path/to/llava-onevision-qwen2-7b-ov-hf"""
 
 
@@ -51,11 +52,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("plan", plan, "list the cells of a suite: done, partial, failed or missing, and the time left"),
         ("table", table, "write and print the table of a suite from what was measured"),
         ("reproduce", reproduce, "measure what is missing of a suite, then write and print its table"),
+        ("roundtrip", roundtrip, "what a recipe makes of key and value [B, H, T, D] of states=FILE.npz; written to out=FILE.npz"),
     ):
         subparser = commands.add_parser(name, help=help, description=help, formatter_class=keep_lines)
         if name == "run":
             subparser.add_argument("-m", "--multirun", action="store_true", help="expand sweeps: a,b  glob(vidkv*)  range(1,4)")
-        else:
+        elif name != "roundtrip":
             subparser.add_argument("suite", metavar="suite", help=", ".join(options("suite")))
         subparser.add_argument("settings", nargs="*", metavar="key=value", help="choices and settings, in Hydra's syntax")
         subparser.set_defaults(command=command)
@@ -111,6 +113,22 @@ def reproduce(given: argparse.Namespace) -> int:
     planned = plan_suite(given.suite, given.settings)
     measured = report_outcome(planned, measure(planned))
     return max(measured, make_table(planned, command_of(given)))
+
+
+def roundtrip(given: argparse.Namespace) -> int:
+    """Check a recipe on tensors of the user's own."""
+    from vidkv_eval.recipe import RecipeError  # these two load torch, which no other command needs
+    from vidkv_eval.roundtrip import RoundtripError, run_roundtrip
+
+    try:
+        settings = dict(word.split("=", 1) for word in given.settings)
+    except ValueError:
+        raise SettingsError(f"roundtrip takes key=value; found: {' '.join(word for word in given.settings if '=' not in word)}") from None
+    try:
+        print(run_roundtrip(settings))
+    except (RecipeError, RoundtripError) as error:
+        raise SettingsError(str(error)) from error
+    return DONE
 
 
 def command_of(given: argparse.Namespace) -> str:

@@ -99,18 +99,24 @@ class Quantizer(ABC):
         """Whether scaling the states scales what is read back by the same factor."""
         return True
 
+    @property
+    def is_batch_independent(self) -> bool:
+        """Whether each sequence of a batch is stored as if it were alone."""
+        return True
+
     @abstractmethod
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
         """Quantize states.
 
         Args:
-            states: [B, H, T, C], T a multiple of `block`, any floating dtype. Batch items do not influence each other.
+            states: [B, H, T, C], T a multiple of `block`, any floating dtype. Batch items do not influence each other unless
+                `is_batch_independent` is false.
             like: stored form that the result will be appended to; its choices (such as channel sets) are kept.
         """
 
     @abstractmethod
     def dequantize(self, quantized: QuantizedStates, dtype: torch.dtype) -> torch.Tensor:
-        """Return what is read back, [B, H, T, C]. Computed in float32, then rounded once to `dtype`."""
+        """Return what is read back, [B, H, T, C]. Computed in float32, then rounded once to `dtype`, unless the class says else."""
 
     def dequantize_odd(self, quantized: QuantizedStates, dtype: torch.dtype) -> torch.Tensor:
         """Return (read back of x - read back of -x) / 2, the odd part of the quantizer, [B, H, T, C].
