@@ -101,7 +101,3 @@ def test_quantizing_a_model_needs_neither_hydra_nor_lmms_eval():
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT).stdout
     assert output.strip() == "[]"
-
-
-def test_the_table_in_the_readme_is_the_recorded_one():
-    assert subprocess.run([sys.executable, str(PROJECT / "scripts" / "update_readme.py"), "--check"], cwd=PROJECT).returncode == 0
