@@ -43,13 +43,19 @@ def test_channels_are_chosen_anew_at_a_flush(case):
     assert compared["channels after flush"].found == 0
 
 
-@every_setting
-@pytest.mark.parametrize("moment", ["first", "last"])
+# The vectors hold what was read after the flush for some settings only.
+STORED = [
+    (setting, moment)
+    for setting in goldens.RECIPES
+    for moment in ("first", "last")
+    if goldens.Golden("case_b").find(setting, f"key_{moment}") is not None
+]
+
+
+@pytest.mark.parametrize(("setting", "moment"), STORED)
 def test_roundtrip_command_on_golden_inputs_writes_golden_outputs(setting, moment, tmp_path, capsys):
     golden = goldens.Golden("case_b")
     expected = {side: golden.find(setting, f"{side}_{moment}") for side in ("key", "value")}
-    if expected["key"] is None:
-        pytest.skip("not stored")
     inputs = {side: golden.inputs(side, moment == "last").numpy() for side in ("key", "value")}
     np.savez(tmp_path / "in.npz", **inputs)
     recipe = goldens.RECIPES[setting]
