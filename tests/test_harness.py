@@ -250,8 +250,6 @@ def test_missing_and_damaged_videos_are_named(adapter, checkpoints, tmp_path):
     content[1200 : content.find(b"moov") - 4] = b"\xff" * (content.find(b"moov") - 1204)
     damaged.write_bytes(content)
     session = Session(model_config(adapter, checkpoints), BENCHMARK, data, device="cpu")
-    with pytest.raises(VideoUnreadable, match="clip0.mp4: no such file"):
-        session.check_videos()
     for index, path in enumerate((missing, no_video, damaged)):
         assert session.samples[index].video == str(path)
         with pytest.raises(VideoUnreadable) as error:

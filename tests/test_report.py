@@ -7,11 +7,13 @@ import math
 import pytest
 from small_assets import make_assets, small_settings
 
+from vidkv_eval.recipe import load_recipe
 from vidkv_eval.report.published import published_table
 from vidkv_eval.report.record import keep_cells
 from vidkv_eval.report.render import CSV_HEADER, MINI_SENTENCE, to_csv, to_latex, to_markdown
 from vidkv_eval.report.statistics import bootstrap_interval, paired_interval, wilson_interval
 from vidkv_eval.report.table import build_table
+from vidkv_eval.settings import options, read_option
 from vidkv_eval.store import ResultStore
 from vidkv_eval.suite import plan_suite
 
@@ -166,6 +168,14 @@ def test_the_papers_numbers_stand_in_the_paper_profile_only_with_a_note_on_the_s
     assert "labels of the two 1.5/1.58 rows look swapped" in text
     rows = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert [row["published"] for row in rows[:3]] == ["3.01", "47.87", ""]
+
+
+@pytest.mark.parametrize("suite", options("suite"))
+def test_the_nominal_bits_of_a_row_are_those_of_its_recipe(suite):
+    for section in read_option("suite", suite)["sections"]:
+        for row in section["rows"]:
+            recipe = load_recipe(row["recipe"])
+            assert (row["key_bits"], row["value_bits"]) == (recipe.key_bits, recipe.value_bits), row["recipe"]
 
 
 def test_every_row_of_the_paper_is_found_in_the_published_numbers():

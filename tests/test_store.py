@@ -127,7 +127,7 @@ def test_two_runs_cannot_write_one_group(store):
         pass
 
 
-def test_copies_hold_whole_cells_and_never_replace_one(store, cell, tmp_path):
+def test_copies_hold_whole_cells_and_replace_what_was_measured_elsewhere(store, cell, tmp_path):
     target = ResultStore(tmp_path / "results")
     store.begin(cell)
     store.append(cell, record(0))
@@ -136,5 +136,7 @@ def test_copies_hold_whole_cells_and_never_replace_one(store, cell, tmp_path):
     assert target.scores(cell) == {"metrics": {"score": 1.0}}
     assert target.answers(cell) == store.answers(cell)
     (target.path(cell) / "scores.json").write_text('{"metrics": {"score": 2.0}}')
+    (target.path(cell) / "samples.jsonl").write_text("")
     store.copy_done([cell], target)
-    assert target.scores(cell) == {"metrics": {"score": 2.0}}
+    assert target.scores(cell) == {"metrics": {"score": 1.0}}
+    assert target.answers(cell) == store.answers(cell)

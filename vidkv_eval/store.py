@@ -125,9 +125,12 @@ class ResultStore:
         return sum(seconds) / len(seconds) if seconds else None
 
     def copy_done(self, cells: list[Cell], target: "ResultStore") -> None:
-        """Copy done cells into another store; a cell that is done there stays as it is."""
+        """Copy done cells into another store, in place of what was copied there before.
+
+        So the cells beside a table are those it was made from, with their hardware and versions.
+        """
         for cell in cells:
-            if not target.is_done(cell):
+            if not target.is_done(cell) or target.scores(cell) != self.scores(cell):
                 folder = target.path(cell)
                 shutil.rmtree(folder, ignore_errors=True)
                 unfinished = folder.with_name(folder.name + ".part")

@@ -72,15 +72,6 @@ class Session:
         adapter.task_dict[self._task.config.task] = self._task.dataset
         return adapter
 
-    def check_videos(self) -> None:
-        """Open the video of every sample.
-
-        Raises:
-            VideoUnreadable: the first one that is missing or damaged.
-        """
-        for path in dict.fromkeys(sample.video for sample in self.samples):
-            open_video(path)
-
     def answer(self, sample_id: int, recipes: Sequence[Recipe], cache_options: dict) -> Iterator[Answer]:
         """Answer one sample with each recipe in turn; each answer comes as soon as it is there.
 
