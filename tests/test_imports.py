@@ -11,7 +11,10 @@ PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     "quant",
     "recipe",
+    "prompt",
+    "stored",
     "cache",
+    "rows",
     "roundtrip",
     "attention",
     "inject",

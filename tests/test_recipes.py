@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.growing import GrowingStates
 from vidkv_eval.quant.released import ReleasedAffine
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
@@ -119,7 +120,9 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     first, second = quantizer.quantize(make_states(seed=1)), make_states(seed=2)
     later = quantizer.quantize(second, like=first)
     before = quantizer.dequantize(first, torch.float32)
-    both = first.append(later)
+    growing = GrowingStates(first)
+    growing.append(later)
+    both = growing.states
     expected = torch.cat([before, quantizer.dequantize(later, torch.float32)], dim=2)
     assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
     assert torch.equal(quantizer.dequantize(first, torch.float32), before)

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 
 from vidkv_eval.quant.base import Quantizer, impossible
+from vidkv_eval.quant.choose_tokens import TokenChooser
+from vidkv_eval.quant.split_tokens import SplitTokens
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "recipe"
 PACKAGE = "vidkv_eval."
@@ -67,6 +69,11 @@ class Recipe:
     def block(self) -> int:
         """Number of tokens that keys and values can both quantize together."""
         return math.lcm(self.key.block, self.value.block)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether some tokens of the prompt have quantizers of their own."""
+        return isinstance(self.key, SplitTokens) or isinstance(self.value, SplitTokens)
 
     @property
     def key_bits(self) -> float:
@@ -154,8 +161,8 @@ def _find_class(target: Any, path: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError:
         found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | Recipe)):
-        raise RecipeError(f"{path}: _target_ is {target!r}, which is not a quantizer; allowed: {allowed}")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | TokenChooser | Recipe)):
+        raise RecipeError(f"{path}: _target_ is {target!r}, which is not part of a recipe; allowed: {allowed}")
     return found
 
 
