@@ -6,10 +6,12 @@ import torch
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.grouping import group, ungroup
 from vidkv_eval.quant.identity import Identity
+from vidkv_eval.quant.metadata import MetadataWriter
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.ternary import Ternary
+from vidkv_kernels.layouts import LAYOUTS
 from vidkv_kernels.packing import CODES_PER_BYTE, pack, unpack
 
 PER_CHANNEL, PER_TOKEN = "per_channel", "per_token"
@@ -125,6 +127,79 @@ def test_unpack_inverts_pack_and_fills_bytes(code_count, count):
     assert torch.equal(unpack(packed, code_count, count), codes)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("code_count", CODES_PER_BYTE)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 32)])
+def test_every_layout_inverts_itself_block_by_block(layout, code_count, size):
+    codes = torch.randint(code_count, (2, 3, 4, *size), dtype=torch.uint8)
+    packed = LAYOUTS[layout].pack(codes, code_count)
+    assert (packed.dtype, packed.shape[:3]) == (torch.uint8, codes.shape[:3])
+    assert torch.equal(LAYOUTS[layout].unpack(packed, code_count, *size), codes)
+    assert torch.equal(LAYOUTS[layout].unpack(packed[1:, :, 2:3], code_count, *size), codes[1:, :, 2:3])
+
+
+@pytest.mark.parametrize(("layout", "nbytes"), [("capacity", 8 * 103), ("fields", 8 * 128), ("planes", 8 * 128)])
+def test_ternary_layouts_read_back_the_same_from_other_bytes(layout, nbytes):
+    states = torch.randn(1, 2, 128, 16)
+    stored = Ternary(0.7, False, PER_CHANNEL, 32, layout).quantize(states)
+    assert stored.nbytes == nbytes
+    expected = read_back(Ternary(0.7, False, PER_CHANNEL, 32), states)
+    assert torch.equal(read_back(Ternary(0.7, False, PER_CHANNEL, 32, layout), states), expected)
+
+
+def test_float8_metadata_take_half_the_bytes_and_one_unit_for_each_head():
+    states = torch.randn(2, 3, 64, 16)
+    half, eighth = (Affine(2, PER_CHANNEL, 32, metadata=metadata).quantize(states).nbytes for metadata in ("float16", "float8"))
+    assert half - eighth == 2 * 3 * (2 * 16 * 2 - 2 * 2)
+
+
+@pytest.mark.parametrize("granularity", [PER_CHANNEL, PER_TOKEN])
+def test_float8_metadata_are_within_a_sixteenth_of_float16_metadata(granularity):
+    states = torch.randn(2, 3, 64, 64) * torch.logspace(-1.5, 1.5, 64)
+    wide, narrow = (MetadataWriter(metadata, None) for metadata in ("float16", "float8"))
+    values = group(states, granularity, 32).amax(-1)
+    torch.testing.assert_close(narrow("scale", values), wide("scale", values), rtol=1 / 16 + 2**-10, atol=0)
+
+
+def test_codes_are_chosen_for_the_float8_metadata_that_reading_will_find():
+    states = torch.randn(1, 1, 32, 64) * 3
+    quantizer = Affine(2, PER_CHANNEL, 32, metadata="float8")
+    stored = quantizer.quantize(states)
+    scale, minimum = (stored.tensors[name].float().view(64, 1) * stored.static[f"{name}_unit"].item() / 64 for name in ("scale", "minimum"))
+    levels = minimum + scale * torch.arange(4)  # [channel, level]
+    nearest = (states.view(32, 64, 1) - levels).abs().argmin(-1)
+    assert torch.equal(quantizer.dequantize(stored, torch.float32).view(32, 64), levels.gather(1, nearest.T).T)
+
+
+def test_float8_metadata_keep_the_unit_of_the_first_tokens_and_refuse_seven_times_it():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 4, metadata="float8")
+    first = quantizer.quantize(torch.full((1, 1, 4, 2), 0.5))
+    later = quantizer.quantize(torch.full((1, 1, 4, 2), 3.5), like=first)
+    assert first.static["scale_unit"].tolist() == [[0.5]]
+    assert quantizer.dequantize(first.append(later), torch.float32)[0, 0, :, 0].tolist() == [0.5] * 4 + [3.5] * 4
+    with pytest.raises(OverflowError, match="a scale of 8 times the largest of the first tokens; float8 metadata holds at most 7 times"):
+        quantizer.quantize(torch.full((1, 1, 4, 2), 4.0), like=first)
+
+
+def test_float8_metadata_of_a_head_of_zeros_have_the_unit_1():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 4, metadata="float8")
+    first = quantizer.quantize(torch.zeros(1, 1, 4, 2))
+    assert first.static["scale_unit"].tolist() == [[1.0]]
+    assert (quantizer.dequantize(first, torch.float32) == 0).all()
+
+
+def test_channels_are_chosen_for_each_head_if_asked():
+    states = torch.randn(2, 2, 8, 4)
+    for item, head, channel in ((0, 0, 3), (0, 1, 1), (1, 0, 0), (1, 1, 2)):
+        states[item, head, :, channel] *= 20
+    for select in ("range", "variance", "outlier"):
+        quantizer = SplitChannels(Affine(2, PER_CHANNEL, 4), SIGN_MEAN, fraction=0.25, select=select, per_head=True)
+        assert quantizer.quantize(states).static["wide_channels"].tolist() == [[[3], [1]], [[0], [2]]]
+        found = read_back(quantizer, states)
+        for head in range(2):
+            assert torch.equal(found[:, head : head + 1], read_back(quantizer, states[:, head : head + 1]))
+
+
 def test_affine_keeps_values_that_lie_on_its_levels():
     states = one_group(-1.0, 0.5, 2.0, 3.5)
     assert torch.equal(read_back(Affine(2, PER_CHANNEL, 4), states), states)
@@ -146,8 +221,9 @@ def test_range_too_narrow_for_float16_reads_back_as_the_minimum():
 
 
 def test_constant_groups_get_codes_that_fit_their_bits():
-    codes, metadata = Affine(2, PER_CHANNEL, 4).encode(torch.full((1, 1, 1, 2, 4), 0.1))
-    assert (metadata["scale"] == 0).all()
+    write = MetadataWriter("float16", None)
+    codes = Affine(2, PER_CHANNEL, 4).encode(torch.full((1, 1, 1, 2, 4), 0.1), write)
+    assert (write.tensors["scale"] == 0).all()
     assert (codes == 0).all()
 
 
@@ -199,6 +275,7 @@ def test_channel_indices_are_counted():
         (lambda: Ternary(0.7, "yes", PER_CHANNEL, 32), "Ternary.scaled is 'yes'; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 1.5), "SplitChannels.fraction is 1.5; allowed: numbers from 0 to 1"),
         (lambda: SplitChannels(SIGN_ZERO, None, 0.5), "SplitChannels.normal is None; allowed: a quantizer"),
+        (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, per_head=1), "SplitChannels.per_head is 1; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, "width"), "SplitChannels.select is 'width'; allowed: range, variance, outlier"),
         (lambda: Spectral("sign"), "Spectral.inner is 'sign'; allowed: a quantizer"),
     ],
@@ -219,6 +296,19 @@ def test_affine_by_hand():
     # steps above the minimum: 0, 3, 1, 1.5, 2.5, 0.5, 2, 0; halves go to the even code
     assert unpack(quantized.tensors["codes"], 4, 8).flatten().tolist() == [0, 3, 1, 2, 2, 0, 2, 0]
     assert quantized.tensors["codes"].flatten().tolist() == [0 + 3 * 4 + 1 * 16 + 2 * 64, 2 + 0 * 4 + 2 * 16 + 0 * 64]
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("capacity", [0 + 1 * 3 + 2 * 9 + 2 * 27 + 1 * 81, 2]),
+        ("fields", [0 + 1 * 4 + 2 * 16 + 2 * 64, 1 + 2 * 4]),
+        ("planes", [0b010010, 0b101100]),
+    ],
+)
+def test_ternary_layouts_by_hand(layout, expected):
+    codes = torch.tensor([[0, 1], [2, 2], [1, 2]], dtype=torch.uint8).view(1, 1, 1, 3, 2)
+    assert LAYOUTS[layout].pack(codes, 3).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(

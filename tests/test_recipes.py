@@ -5,7 +5,10 @@ import torch
 
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.released import ReleasedAffine
+from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
+from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
@@ -24,7 +27,34 @@ TABLE1 = {
 AFFINE = {"_target_": "vidkv_eval.quant.affine.Affine", "nbits": 2, "granularity": "per_channel", "group_size": 32}
 CONFIG = {"name": "mine", "label": "Mine", "source": "here", "key": AFFINE, "value": AFFINE}
 
-every_quantizer = pytest.mark.parametrize(("name", "side"), [(name, side) for name in recipe_names() for side in SIDES])
+def option(name, key, value):
+    """A recipe of settings that no recipe file has."""
+    return Recipe(f"option_{name}", "An option", "here", key, value)
+
+
+CHANNEL, TOKEN = ("per_channel", 32), ("per_token", 32)
+OPTIONS = [
+    option("affine_float8", Affine(2, *CHANNEL, "fields", "float8"), Affine(2, *TOKEN, "planes", "float8")),
+    option("sign_ternary_float8", Sign("mean_plus_minus", *CHANNEL, "planes", "float8"), Ternary(0.7, True, *CHANNEL, "fields", "float8")),
+    option(
+        "split_per_head_float8",
+        SplitChannels(
+            wide=Affine(2, *CHANNEL, "capacity", "float8"),
+            normal=Spectral(Sign("mean_plus_minus", *CHANNEL, "fields", "float8")),
+            fraction=0.5,
+            per_head=True,
+        ),
+        Ternary(0.5, True, *TOKEN, "planes", "float8"),
+    ),
+    option(
+        "split_per_head_outlier",
+        SplitChannels(Affine(2, *CHANNEL), Sign("mean_plus_minus", *CHANNEL), 0.25, "outlier", per_head=True),
+        SplitChannels(Affine(4, *TOKEN), Affine(1, *TOKEN, "planes"), 0.5, "variance", per_head=True),
+    ),
+]
+RECIPES = {name: load_recipe(name) for name in recipe_names()} | {recipe.name: recipe for recipe in OPTIONS}
+
+every_quantizer = pytest.mark.parametrize(("name", "side"), [(name, side) for name in RECIPES for side in SIDES])
 
 
 def make_states(batch=2, dtype=torch.float16, seed=0):
@@ -35,11 +65,16 @@ def make_states(batch=2, dtype=torch.float16, seed=0):
 
 
 def quantizer_of(name, side):
-    return getattr(load_recipe(name), side)
+    return getattr(RECIPES[name], side)
 
 
 def read_back(quantizer, states):
     return quantizer.dequantize(quantizer.quantize(states), states.dtype)
+
+
+def static_bytes(quantized):
+    own = sum(tensor.nbytes for tensor in quantized.static.values())
+    return own + sum(static_bytes(part) for part in quantized.parts.values())
 
 
 @every_quantizer
@@ -95,7 +130,7 @@ def test_zero_states_read_back_as_zero(name, side):
 def test_constant_states_are_exact_unless_published_or_released_levels_forbid_it(name, side, constant):
     states = torch.full((1, HEADS, LENGTH, WIDTH), constant)
     found = read_back(quantizer_of(name, side), states)
-    if load_recipe(name).variant in ("published", "released") and not isinstance(quantizer_of(name, side), Affine | ReleasedAffine):
+    if RECIPES[name].variant in ("published", "released") and not isinstance(quantizer_of(name, side), Affine | ReleasedAffine):
         assert found.isfinite().all()
     else:
         torch.testing.assert_close(found, states, rtol=1e-6, atol=0)
@@ -123,7 +158,7 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     expected = torch.cat([before, quantizer.dequantize(later, torch.float32)], dim=2)
     assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
     assert torch.equal(quantizer.dequantize(first, torch.float32), before)
-    assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - sum(t.nbytes for t in first.static.values()))
+    assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - static_bytes(first))
 
 
 @every_quantizer
@@ -218,6 +253,8 @@ def test_an_unknown_recipe_gets_the_nearest_name_and_all_names():
         ({"key": 2}, "Recipe.key is 2; allowed: a quantizer"),
         ({"key": {**AFFINE, "bits": 2}}, "recipe.key: unknown field 'bits'"),
         ({"key": {**AFFINE, "nbits": 9}}, "recipe.key: Affine.nbits is 9; allowed: 1, 2, 4, 8"),
+        ({"key": {**AFFINE, "layout": "tight"}}, "recipe.key: Affine.layout is 'tight'; allowed: capacity, fields, planes"),
+        ({"key": {**AFFINE, "metadata": "fp8"}}, "recipe.key: Affine.metadata is 'fp8'; allowed: float16, float8"),
         ({"key": {"_target_": AFFINE["_target_"], "nbits": 2}}, "recipe.key: missing granularity, group_size"),
         ({"key": {"_target_": "os.system"}}, "recipe.key: _target_ is 'os.system'; allowed"),
         ({"key": {"_target_": "vidkv_eval.quant.affine.Afine"}}, "recipe.key: _target_ is 'vidkv_eval.quant.affine.Afine', which is not"),
