@@ -1,5 +1,7 @@
 """Every recipe file builds and has the properties of a recipe; impossible recipes are refused with a message that helps."""
 
+import csv
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
+from vidkv_eval.report.published import PUBLISHED
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
 SIDES = ("key", "value")
@@ -191,6 +194,18 @@ def test_every_row_of_table_1_has_its_recipes():
     assert TABLE1 <= set(recipe_names())
 
 
+def test_every_printed_row_without_protected_tokens_has_recipes_of_its_bits_and_transform():
+    with PUBLISHED.open(newline="", encoding="utf-8") as file:
+        entries = [entry for entry in csv.DictReader(file) if entry["method"] in ("KIVI", "VidKV") and entry["value_bits"] != "1.66"]
+    rows = {(entry["method"], float(entry["key_bits"]), float(entry["value_bits"]), "FFT=no" in entry["extra"]) for entry in entries}
+    assert len(rows) == 12
+    for method, key_bits, value_bits, is_plain in rows:
+        digits = 100 if method == "VidKV" else 1
+        stem = f"{method.lower()}_k{digits * key_bits:.0f}_v{digits * value_bits:.0f}"
+        stem += "_nofft" if is_plain and key_bits < 2 else ""
+        assert {stem} <= set(recipe_names()) or {f"{stem}_published", f"{stem}_scaled"} <= set(recipe_names()), stem
+
+
 @pytest.mark.parametrize(
     ("name", "key_bits", "value_bits"),
     [
@@ -214,9 +229,13 @@ def test_names_give_the_nominal_bits(name):
 
 
 @pytest.mark.parametrize("variant", ["published", "scaled"])
-@pytest.mark.parametrize(("key_bits", "has_transform"), [("k100", False), ("k110", False), ("k125", False), ("k150", True), ("k175", True)])
-def test_the_fourier_transform_is_used_for_the_key_fractions_of_the_paper(key_bits, has_transform, variant):
-    key = load_recipe(f"vidkv_{key_bits}_{'v100' if key_bits == 'k100' else 'v200'}_{variant}").key
+@pytest.mark.parametrize("value_bits", ["v158", "v200"])
+@pytest.mark.parametrize(
+    ("key_bits", "has_transform"),
+    [(f"k{bits}", bits in (150, 175)) for bits in (100, 110, 120, 125, 130, 140, 150, 160, 170, 175, 180, 190)],
+)
+def test_the_fourier_transform_is_used_for_the_key_fractions_of_the_paper(key_bits, value_bits, has_transform, variant):
+    key = load_recipe(f"vidkv_{key_bits}_{value_bits}_{variant}").key
     assert isinstance(getattr(key, "normal", key), Spectral) == has_transform
 
 
