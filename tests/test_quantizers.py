@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.centred import Centred
+from vidkv_eval.quant.fitted import Fitted
 from vidkv_eval.quant.grouping import group, ungroup
+from vidkv_eval.quant.hadamard import Hadamard
 from vidkv_eval.quant.identity import Identity
 from vidkv_eval.quant.metadata import MetadataWriter
 from vidkv_eval.quant.sign import Sign
@@ -91,6 +94,49 @@ def test_split_without_wide_or_without_normal_channels_is_the_other_quantizer():
     wide, normal = Affine(2, PER_CHANNEL, 4), SIGN_MEAN
     assert torch.equal(read_back(SplitChannels(wide, normal, fraction=0), states), read_back(normal, states))
     assert torch.equal(read_back(SplitChannels(wide, None, fraction=1), states), read_back(wide, states))
+
+
+def fit_in_words(values, levels, emphasis, rounds):
+    """Levels of least weighted squared error for one group, one element at a time, metadata unrounded."""
+    mean = sum(values) / len(values)
+    deviation = (sum((x - mean) ** 2 for x in values) / len(values)) ** 0.5
+    weights = [max(abs(x - mean) / deviation, 0.05) ** emphasis for x in values]
+    low, high = min(values), max(values)
+    middle, scale, half = (low + high) / 2, (high - low) / (levels - 1), (levels - 1) / 2
+    for _ in range(rounds):
+        steps = [min(max(round((x - middle) / scale + half), 0), levels - 1) - half for x in values]
+        total = sum(weights)
+        mean_x = sum(w * x for w, x in zip(weights, values, strict=True)) / total
+        mean_s = sum(w * s for w, s in zip(weights, steps, strict=True)) / total
+        above = sum(w * (s - mean_s) * (x - mean_x) for w, s, x in zip(weights, steps, values, strict=True))
+        scale = above / sum(w * (s - mean_s) ** 2 for w, s in zip(weights, steps, strict=True))
+        middle = mean_x - scale * mean_s
+    steps = [min(max(round((x - middle) / scale + half), 0), levels - 1) - half for x in values]
+    middle = sum(w * (x - scale * s) for w, x, s in zip(weights, values, steps, strict=True)) / sum(weights)
+    return [middle + scale * (min(max(round((x - middle) / scale + half), 0), levels - 1) - half) for x in values]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+@pytest.mark.parametrize("emphasis", [0, 0.5, 1.0])
+def test_fitted_reads_back_what_a_fit_in_plain_words_does(levels, emphasis):
+    states = torch.randn(1, 1, 32, 8, generator=torch.Generator().manual_seed(levels))
+    found = read_back(Fitted(levels, emphasis, PER_CHANNEL, 32), states)
+    for channel in range(8):
+        expected = torch.tensor(fit_in_words(states[0, 0, :, channel].tolist(), levels, emphasis, 4))
+        # Metadata are rounded to float16, which can move an element that lies between two levels.
+        assert ((found[0, 0, :, channel] - expected).abs() > 4e-3).sum() <= 1
+
+
+def test_hadamard_is_the_product_with_the_matrix():
+    matrix = torch.ones(1, 1)
+    for _ in range(4):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    states = torch.randn(2, 3, 8, 16)
+    stored = Hadamard(Identity()).quantize(states).parts["inner"].tensors["states"]
+    torch.testing.assert_close(stored, states @ matrix / 4)
+    torch.testing.assert_close(read_back(Hadamard(Identity()), states), states)
+    with pytest.raises(ValueError, match="12 channels; allowed: powers of two"):
+        Hadamard(Identity()).quantize(torch.zeros(1, 1, 1, 12))
 
 
 # Properties
@@ -188,6 +234,63 @@ def test_float8_metadata_of_a_head_of_zeros_have_the_unit_1():
     assert (quantizer.dequantize(first, torch.float32) == 0).all()
 
 
+def test_fitted_levels_have_less_error_than_minimum_and_maximum():
+    states = torch.randn(1, 2, 256, 16)
+    for levels, nbits in ((4, 2), (16, 4)):
+        fitted, spread = Fitted(levels, 0, PER_CHANNEL, 32), Affine(nbits, PER_CHANNEL, 32)
+        assert (read_back(fitted, states) - states).norm() < 0.98 * (read_back(spread, states) - states).norm()
+
+
+def test_emphasis_reads_the_extreme_element_of_a_group_back_better():
+    states = torch.randn(1, 1, 32, 64)
+    states[:, :, 7] *= 4
+    errors = [(read_back(Fitted(3, emphasis, PER_CHANNEL, 32), states) - states)[:, :, 7].norm() for emphasis in (0, 0.5, 1.0)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_constant_far_from_zero_costs_neither_centred_nor_uint4_quantizers_accuracy():
+    states = torch.randn(1, 2, 128, 16)
+    bias = torch.zeros(16)
+    bias[3], bias[11] = 700, -300
+    for quantizer in (Fitted(3, 1.0, PER_CHANNEL, 32, metadata="uint4"), Centred(Affine(2, PER_CHANNEL, 32, metadata="float8"))):
+        plain = (read_back(quantizer, states) - states).norm()
+        assert (read_back(quantizer, states + bias) - states - bias).norm() < 1.05 * plain
+    uncentred = Affine(2, PER_CHANNEL, 32, metadata="float8")
+    errors = [read_back(uncentred, states + offset) - states - offset for offset in (0, bias)]
+    assert errors[1][..., [3, 11]].norm() > 2 * errors[0][..., [3, 11]].norm()
+
+
+def test_uint4_metadata_take_half_a_byte_and_keep_the_steps_of_the_first_tokens():
+    quantizer = Fitted(3, 0, PER_CHANNEL, 32, metadata="uint4")
+    first = quantizer.quantize(torch.randn(2, 3, 64, 16))
+    assert {name: tuple(tensor.shape) for name, tensor in first.tensors.items() if name != "codes"} == {
+        "scale": (2, 3, 2, 8),
+        "middle": (2, 3, 2, 8),
+    }
+    assert set(first.static) == {"scale_step", "middle_centre", "middle_step"}
+    later = quantizer.quantize(torch.randn(2, 3, 32, 16) * 50, like=first)
+    assert all(torch.equal(first.static[name], later.static[name]) for name in first.static)
+
+
+def test_uint4_metadata_clip_what_later_tokens_need_beyond_the_first():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 2, metadata="uint4")
+    first = quantizer.quantize(one_group(1.0, -1.0, 2.0, -2.0))
+    later = quantizer.quantize(one_group(1.0, -1.0, 30.0, -30.0), like=first)
+    largest = 15 * first.static["scale_step"].float().item()
+    assert quantizer.dequantize(later, torch.float32).flatten()[2:].tolist() == [largest, -largest]
+    assert largest == pytest.approx(2, rel=1e-3)
+
+
+def test_a_channel_constant_in_the_first_tokens_follows_later_ones_in_uint4_metadata():
+    quantizer = Fitted(4, 0, PER_CHANNEL, 32, metadata="uint4")
+    first, second = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 32, 4) / 128
+    first[..., 2] = 5
+    second[..., 2] += 5
+    later = quantizer.quantize(second, like=quantizer.quantize(first))
+    error = (quantizer.dequantize(later, torch.float32) - second)[..., 2]
+    assert error.norm() < 0.5 * (second[..., 2] - 5).norm()
+
+
 def test_channels_are_chosen_for_each_head_if_asked():
     states = torch.randn(2, 2, 8, 4)
     for item, head, channel in ((0, 0, 3), (0, 1, 1), (1, 0, 0), (1, 1, 2)):
@@ -278,6 +381,14 @@ def test_channel_indices_are_counted():
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, per_head=1), "SplitChannels.per_head is 1; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, "width"), "SplitChannels.select is 'width'; allowed: range, variance, outlier"),
         (lambda: Spectral("sign"), "Spectral.inner is 'sign'; allowed: a quantizer"),
+        (lambda: Centred(2), "Centred.inner is 2; allowed: a quantizer"),
+        (lambda: Hadamard(None), "Hadamard.inner is None; allowed: a quantizer"),
+        (lambda: Fitted(5, 0, PER_CHANNEL, 32), "Fitted.levels is 5; allowed: 2, 3, 4, 16"),
+        (lambda: Fitted(3, -1, PER_CHANNEL, 32), "Fitted.emphasis is -1; allowed: numbers from 0"),
+        (
+            lambda: Fitted(3, 0, PER_TOKEN, 32, metadata="uint4"),
+            "Fitted.metadata is 'uint4'; allowed: float16, float8 (uint4 goes with per_channel, not with per_token)",
+        ),
     ],
 )
 def test_impossible_settings_name_the_field_and_what_is_allowed(make, message):
@@ -296,6 +407,22 @@ def test_affine_by_hand():
     # steps above the minimum: 0, 3, 1, 1.5, 2.5, 0.5, 2, 0; halves go to the even code
     assert unpack(quantized.tensors["codes"], 4, 8).flatten().tolist() == [0, 3, 1, 2, 2, 0, 2, 0]
     assert quantized.tensors["codes"].flatten().tolist() == [0 + 3 * 4 + 1 * 16 + 2 * 64, 2 + 0 * 4 + 2 * 16 + 0 * 64]
+
+
+def test_fitted_by_hand():
+    # From 0 and 10: scale 5, steps -1, -1, 0, 0, 0, 1. Least squares: the line through the means of the three levels' elements,
+    # with weights 2, 3, 1: steps -1 -> 1, 0 -> 5, 1 -> 10. Means: step -1/6, x 27/6; scale (8 + 4.5) / (17/6) = 75/17,
+    # middle 27/6 + scale/6 = 89.0/17. The same steps are nearest again.
+    scale, middle = 75 / 17, 89 / 17
+    found = read_back(Fitted(3, 0, PER_CHANNEL, 6), one_group(0, 2, 4, 5, 6, 10)).flatten()
+    expected = torch.tensor([middle - scale] * 2 + [middle] * 3 + [middle + scale])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def test_centred_by_hand():
+    # means 2 and 100; sizes of the differences 1 and 4
+    states = torch.tensor([[1.0, 104], [3, 96], [1, 104], [3, 96]]).view(1, 1, 4, 2)
+    assert read_back(Centred(Sign("plus_minus", PER_CHANNEL, 4)), states).flatten().tolist() == states.flatten().tolist()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.centred import Centred
+from vidkv_eval.quant.fitted import Fitted
+from vidkv_eval.quant.hadamard import Hadamard
 from vidkv_eval.quant.released import ReleasedAffine
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
@@ -54,6 +57,10 @@ OPTIONS = [
         SplitChannels(Affine(2, *CHANNEL), Sign("mean_plus_minus", *CHANNEL), 0.25, "outlier", per_head=True),
         SplitChannels(Affine(4, *TOKEN), Affine(1, *TOKEN, "planes"), 0.5, "variance", per_head=True),
     ),
+    option("fitted", Fitted(4, 1.0, *CHANNEL, "planes"), Fitted(3, 0, *TOKEN, "fields", "float8")),
+    option("fitted_uint4", Fitted(2, 0.5, *CHANNEL, "capacity", "uint4"), Fitted(16, 1.0, *CHANNEL, "capacity", "uint4")),
+    option("centred_hadamard", Centred(Affine(2, *CHANNEL, metadata="float8")), Hadamard(Fitted(3, 0.5, *TOKEN))),
+    option("affine_sign_uint4", Affine(2, *CHANNEL, "fields", "uint4"), Sign("mean_plus_minus", *CHANNEL, "planes", "uint4")),
 ]
 RECIPES = {name: load_recipe(name) for name in recipe_names()} | {recipe.name: recipe for recipe in OPTIONS}
 
@@ -273,7 +280,7 @@ def test_an_unknown_recipe_gets_the_nearest_name_and_all_names():
         ({"key": {**AFFINE, "bits": 2}}, "recipe.key: unknown field 'bits'"),
         ({"key": {**AFFINE, "nbits": 9}}, "recipe.key: Affine.nbits is 9; allowed: 1, 2, 4, 8"),
         ({"key": {**AFFINE, "layout": "tight"}}, "recipe.key: Affine.layout is 'tight'; allowed: capacity, fields, planes"),
-        ({"key": {**AFFINE, "metadata": "fp8"}}, "recipe.key: Affine.metadata is 'fp8'; allowed: float16, float8"),
+        ({"key": {**AFFINE, "metadata": "fp8"}}, "recipe.key: Affine.metadata is 'fp8'; allowed: float16, float8, uint4"),
         ({"key": {"_target_": AFFINE["_target_"], "nbits": 2}}, "recipe.key: missing granularity, group_size"),
         ({"key": {"_target_": "os.system"}}, "recipe.key: _target_ is 'os.system'; allowed"),
         ({"key": {"_target_": "vidkv_eval.quant.affine.Afine"}}, "recipe.key: _target_ is 'vidkv_eval.quant.affine.Afine', which is not"),

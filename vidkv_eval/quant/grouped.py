@@ -22,7 +22,7 @@ class GroupedQuantizer(Quantizer):
         granularity: per_channel (groups of tokens in a channel) or per_token (groups of channels in a token).
         group_size: elements that share metadata, S.
         layout: where codes lie in bytes, a name of `vidkv_kernels.layouts.LAYOUTS`. It changes bytes, never what is read back.
-        metadata: dtype in which scales and minima are stored: float16, or float8 with a unit for each head, see `metadata`.
+        metadata: how scales and offsets are stored: float16, float8 or uint4, see `vidkv_eval.quant.metadata`.
     """
 
     granularity: Granularity
@@ -39,6 +39,8 @@ class GroupedQuantizer(Quantizer):
             raise impossible(self, "layout", self.layout, ", ".join(LAYOUTS))
         if self.metadata not in METADATA:
             raise impossible(self, "metadata", self.metadata, ", ".join(METADATA))
+        if self.metadata == "uint4" and self.granularity != "per_channel":
+            raise impossible(self, "metadata", self.metadata, f"float16, float8 (uint4 goes with per_channel, not with {self.granularity})")
 
     @property
     def block(self) -> int:
@@ -82,4 +84,4 @@ class GroupedQuantizer(Quantizer):
 
     def _read(self, quantized: QuantizedStates, dtype: torch.dtype, decode: Callable[..., torch.Tensor]) -> torch.Tensor:
         codes = LAYOUTS[self.layout].unpack(quantized.tensors["codes"], self.code_count, quantized.channels, self.group_size)
-        return ungroup(decode(codes.float(), read_metadata(quantized)).to(dtype), self.granularity)
+        return ungroup(decode(codes.float(), read_metadata(quantized, self.metadata)).to(dtype), self.granularity)
