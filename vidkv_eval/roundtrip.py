@@ -40,7 +40,8 @@ class Roundtrip:
     Attributes:
         key: [B, H, T, D] in the dtype of the keys given.
         value: as `key`.
-        wide_channels: ascending indices of the wide key channels, int64 [B, wide]; None if the recipe chooses none.
+        wide_channels: ascending indices of the wide key channels, int64 [B, wide], or [B, H, wide] if each head has its own; None
+            if the recipe chooses none.
         footprint: bytes stored and elements they stand for.
     """
 
@@ -78,8 +79,8 @@ def run_roundtrip(settings: Mapping[str, str]) -> str:
     """Read states, quantize them, write what is read back, and return the report as text.
 
     The file written has `key` and `value`, float32 [B, H, T, D], and `wide_channels`, int64 [wide], or [B, wide] for
-    several sequences, if the recipe chooses channels. The residual is stored, and counted in effective bits, in the dtype of
-    the states: give float16 to see what a float16 model would store.
+    several sequences, if the recipe chooses channels ([H, wide] or [B, H, wide] if for each head). The residual is stored, and
+    counted in effective bits, in the dtype of the states: give float16 to see what a float16 model would store.
 
     Args:
         settings: by the names of `SETTINGS`; numbers as text.
