@@ -12,6 +12,7 @@ ORDER = (
     "quant",
     "recipe",
     "cache",
+    "library_cache",
     "roundtrip",
     "attention",
     "inject",

@@ -329,6 +329,8 @@ class QuantizedCache(Cache):
     """
 
     def __init__(self, recipe: Recipe, num_layers: int, *, storage_dtype: torch.dtype | None = None, keep_dense: bool = False):
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"{recipe.name} is a recipe of another library's cache; make it with vidkv_eval.library_cache.make_cache")
         super().__init__(layers=[QuantizedLayer(recipe, index, storage_dtype, keep_dense) for index in range(num_layers)])
         self.recipe = recipe
 
@@ -339,16 +341,25 @@ class QuantizedCache(Cache):
         Raises:
             ValueError: the model has layers that are not attention layers.
         """
-        config = model.config.get_text_config(decoder=True)
-        strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
-        if strange:
-            found, allowed = ", ".join(strange), ", ".join(ATTENTION_LAYERS)
-            raise ValueError(f"{type(model).__name__} has layers of type {found}; QuantizedCache serves {allowed}")
-        return cls(recipe, config.num_hidden_layers, **options)
+        return cls(recipe, count_attention_layers(model), **options)
 
     def footprint(self) -> Footprint:
         """Count what is stored in all layers."""
         return sum((layer.footprint() for layer in self.layers), Footprint())
+
+
+def count_attention_layers(model: PreTrainedModel) -> int:
+    """Return the number of layers of a model's text decoder.
+
+    Raises:
+        ValueError: the model has layers that are not attention layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
+    if strange:
+        found, allowed = ", ".join(strange), ", ".join(ATTENTION_LAYERS)
+        raise ValueError(f"{type(model).__name__} has layers of type {found}; QuantizedCache serves {allowed}")
+    return config.num_hidden_layers
 
 
 class RowLayer(CacheLayerMixin):

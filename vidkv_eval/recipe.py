@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,43 @@ class RecipeError(ValueError):
     """A recipe that does not exist or cannot be built; the message says what is allowed."""
 
 
+class BaseRecipe(ABC):
+    """What every kind of recipe has.
+
+    Implementations are frozen dataclasses with the fields or properties `name`, `label`, `source`, `variant` and `prefill`, as
+    `Recipe` describes them.
+    """
+
+    @property
+    @abstractmethod
+    def key_bits(self) -> float:
+        """Nominal bits of keys."""
+
+    @property
+    @abstractmethod
+    def value_bits(self) -> float:
+        """Nominal bits of values."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BaseRecipe:
+        """Build a recipe from nested plain mappings that name classes in `_target_`; one that names none is of this class.
+
+        Raises:
+            RecipeError: a field is unknown, missing or has an impossible value.
+        """
+        recipe = _build({"_target_": f"{cls.__module__}.{cls.__qualname__}", **config}, "recipe")
+        if not isinstance(recipe, BaseRecipe):
+            raise RecipeError(f"recipe: _target_ is {config['_target_']!r}; allowed: {cls.__module__}.{cls.__qualname__}")
+        return recipe
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the recipe as nested plain mappings, defaults written out: what `from_config` reads."""
+        return _to_config(self)
+
+
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What happens to a key/value cache.
+class Recipe(BaseRecipe):
+    """What happens to keys and values in a `QuantizedCache`.
 
     Attributes:
         name: file name of the recipe.
@@ -70,29 +105,11 @@ class Recipe:
 
     @property
     def key_bits(self) -> float:
-        """Nominal bits of keys."""
         return self.key.nominal_bits
 
     @property
     def value_bits(self) -> float:
-        """Nominal bits of values."""
         return self.value.nominal_bits
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from nested plain mappings whose quantizers name their class in `_target_`.
-
-        Raises:
-            RecipeError: a field is unknown, missing or has an impossible value.
-        """
-        recipe = _build({"_target_": f"{cls.__module__}.{cls.__qualname__}", **config}, "recipe")
-        if not isinstance(recipe, cls):
-            raise RecipeError(f"recipe: _target_ is {config['_target_']!r}; allowed: {cls.__module__}.{cls.__qualname__}")
-        return recipe
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the recipe as nested plain mappings, defaults written out: what `from_config` reads."""
-        return _to_config(self)
 
 
 def recipe_names() -> list[str]:
@@ -100,7 +117,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
+def load_recipe(name_or_path: str | Path) -> BaseRecipe:
     """Read a recipe by its name in configs/recipe, or by the path of a yaml file.
 
     Raises:
@@ -154,7 +171,7 @@ def _find_class(target: Any, path: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError:
         found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | Recipe)):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | BaseRecipe)):
         raise RecipeError(f"{path}: _target_ is {target!r}, which is not a quantizer; allowed: {allowed}")
     return found
 

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from vidkv_eval.cache import Footprint, QuantizedCache
+from vidkv_eval.cache import Footprint
+from vidkv_eval.library_cache import new_cache
 from vidkv_eval.quant.base import QuantizedStates
-from vidkv_eval.recipe import Recipe, load_recipe
+from vidkv_eval.recipe import BaseRecipe, Recipe, load_recipe
 
 SETTINGS = {
     "recipe": "NAME, or the path of a yaml file",
@@ -47,7 +48,7 @@ class Roundtrip:
     footprint: Footprint
 
 
-def roundtrip(recipe: Recipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None) -> Roundtrip:
+def roundtrip(recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None) -> Roundtrip:
     """Feed keys and values [B, H, T, D] through a cache: a prompt, then one token a call.
 
     Args:
@@ -57,10 +58,11 @@ def roundtrip(recipe: Recipe, key: torch.Tensor, value: torch.Tensor, prompt_tok
         prompt_tokens: number of tokens of the first call, from 1; None means all.
     Raises:
         ValueError: the states cannot be quantized.
+        RecipeError: a package that the recipe needs is not installed.
     """
     total = key.shape[2]
     prompt = total if prompt_tokens is None else prompt_tokens
-    cache = QuantizedCache(recipe, 1)
+    cache = new_cache(recipe, 1)
     for start, stop in zip([0, *range(prompt, total)], range(prompt, total + 1), strict=True):
         cache.update(key[:, :, start:stop], value[:, :, start:stop], 0)
     stored = cache.layers[0].stored
@@ -79,7 +81,7 @@ def run_roundtrip(settings: Mapping[str, str]) -> str:
         settings: by the names of `SETTINGS`; numbers as text.
     Raises:
         RoundtripError: a setting or an array does not fit.
-        RecipeError: the recipe does not exist or cannot be built.
+        RecipeError: the recipe does not exist or cannot be built, or needs a package that is not installed.
     """
     _check_names(settings)
     recipe = _with_settings(load_recipe(settings["recipe"]), settings)
@@ -152,7 +154,7 @@ def _whole_number(settings: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def _with_settings(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
+def _with_settings(recipe: BaseRecipe, settings: Mapping[str, str]) -> BaseRecipe:
     """Return the recipe with another group size and residual length, where given."""
     config = recipe.to_config()
     group_size, residual_length = (_whole_number(settings, name) for name in ("group_size", "residual_length"))
@@ -169,8 +171,8 @@ def _with_group_size(config: Any, group_size: int) -> Any:
     return {name: group_size if name == "group_size" else _with_group_size(value, group_size) for name, value in config.items()}
 
 
-def _wide_channels(quantized: QuantizedStates | None) -> torch.Tensor | None:
-    found = list(_find(quantized, "wide_channels")) if quantized else []
+def _wide_channels(quantized: Any) -> torch.Tensor | None:
+    found = list(_find(quantized, "wide_channels")) if isinstance(quantized, QuantizedStates) else []
     return found[0].long() if found else None
 
 
@@ -181,7 +183,7 @@ def _find(quantized: QuantizedStates, name: str) -> Iterator[torch.Tensor]:
         yield from _find(part, name)
 
 
-def _report(recipe: Recipe, states: Mapping[str, torch.Tensor], result: Roundtrip, prompt: int) -> str:
+def _report(recipe: BaseRecipe, states: Mapping[str, torch.Tensor], result: Roundtrip, prompt: int) -> str:
     batch, heads, total, _ = result.key.shape
     dtypes = " and ".join(str(states[name].dtype).removeprefix("torch.") for name in ("key", "value"))
     lines = [
