@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from transformers import (
     DynamicCache,
@@ -18,7 +19,7 @@ from transformers import (
 from vidkv_eval.cache import Footprint, QuantizedCache
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.identity import Identity
-from vidkv_eval.recipe import Recipe, load_recipe, recipe_names
+from vidkv_eval.recipe import Recipe, load_recipe
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 2, 32, 97
 FP16, KIVI, VIDKV = "fp16", "kivi_k2_v2", "vidkv_k150_v158_scaled"
@@ -113,7 +114,7 @@ def test_identity_recipe_equals_plain_generation_in_every_dtype(attention, dtype
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_dense_working_copy_changes_nothing(qwen2, name):
     input_ids = prompt()
     options = {"new_tokens": 2 * RESIDUAL + 20}  # flushes at steps 122 and 250
@@ -126,7 +127,7 @@ def test_dense_working_copy_changes_nothing(qwen2, name):
     assert dense.footprint() == plain.footprint()
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 @pytest.mark.parametrize("flush", ["append", "requantize"])
 def test_dense_working_copy_shows_the_same_states(name, flush):
     recipe = dataclasses.replace(load_recipe(name), flush=flush)
@@ -137,7 +138,7 @@ def test_dense_working_copy_shows_the_same_states(name, flush):
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_first_token_never_sees_quantization(qwen2, name):
     _, expected = generate(qwen2, prompt(), new_tokens=1)
     _, logits = generate(qwen2, prompt(), QuantizedCache.for_model(qwen2, load_recipe(name)), new_tokens=1)
@@ -205,7 +206,7 @@ def test_attention_sees_quantized_history_and_exact_new_tokens(keep_dense):
         assert torch.equal(seen, torch.cat([quantizer.dequantize(history, torch.float32), exact[:, :, 192:193]], dim=2))
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).flush == "append"])
+@pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if load_recipe(name).flush == "append"])
 def test_flushes_leave_stored_history_untouched(name):
     cache, states = one_layer_cache(name), make_states(330)
     feed(cache, states, 0, 70)
@@ -461,7 +462,7 @@ def test_states_of_another_batch_size_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_every_recipe_generates_in_half_precision(name, dtype):
     model = tiny_model("qwen2", dtype=dtype)
     cache = QuantizedCache.for_model(model, load_recipe(name))

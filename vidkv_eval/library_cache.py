@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LAYERS = {"quanto": QuantoQuantizedLayer, "hqq": HQQQuantizedLayer}
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
-BITS = {"quanto": (2, 4), "hqq": (1, 2, 3, 4, 8)}
+BITS = {"quanto": (2, 4), "hqq": (1, 2, 4, 8)}
 AXES = {"quanto": (0, -1), "hqq": (0, 1)}
 
 
@@ -120,8 +120,18 @@ class LibraryStates:
     @property
     def elements(self) -> int:
         """Number of elements that the stored tensors stand for."""
-        shape = self.quantized[1]["shape"] if isinstance(self.quantized, tuple) else self.quantized.shape
-        return shape.numel() + self.residual.numel()
+        return self._quantized_elements + self.residual.numel()
+
+    @property
+    def is_packed_whole(self) -> bool:
+        """Whether bytes hold a code for every quantized element; quanto fills up the last byte."""
+        codes, *_ = _tensors(self.quantized)
+        held = codes.numel() * (8 // self._layer.nbits)
+        return held == self._quantized_elements if isinstance(self.quantized, tuple) else held >= self._quantized_elements
+
+    @property
+    def _quantized_elements(self) -> int:
+        return (self.quantized[1]["shape"] if isinstance(self.quantized, tuple) else self.quantized.shape).numel()
 
     def read(self, new: torch.Tensor) -> torch.Tensor:
         """Return what is read back, followed by the tokens `new` as they are, [B, H, T, D]."""
@@ -206,6 +216,9 @@ class LibraryLayer(CacheLayerMixin):
             seen = self.layer.update(kept["key"], kept["value"])
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ValueError(self._explain(key_states)) from error
+        # hqq packs rows of groups that do not fill bytes into codes of another number, which would show in the next step only.
+        if not all(stored.is_packed_whole for stored in self.stored.values()):
+            raise ValueError(self._explain(key_states))
         if is_first:
             return new["key"], new["value"]
         shown = [self.stored[name].show(read, new[name]) for name, read in zip(("key", "value"), seen, strict=True)]
@@ -215,11 +228,9 @@ class LibraryLayer(CacheLayerMixin):
         """Say what the library could not do with its history and new tokens `states`; its own error names a tensor size."""
         batch, heads, _, channels = states.shape
         shape = f"{batch} sequences x {heads} heads x {self.get_seq_length()} tokens x {channels} channels"
-        return (
-            f"layer {self.index}: {PACKAGES[self.recipe.backend]} cannot cut {shape} into groups of {self.recipe.group_size} along "
-            f"axis {self.recipe.axis}"
-            + (f" whose number is a multiple of {8 // self.recipe.nbits}, as it packs them" if self.recipe.backend == "hqq" else "")
-        )
+        needed = f" whose number is a multiple of {8 // self.recipe.nbits}, as it packs them" if self.recipe.backend == "hqq" else ""
+        package, group_size, axis = PACKAGES[self.recipe.backend], self.recipe.group_size, self.recipe.axis
+        return f"layer {self.index}: {package} cannot cut {shape} into groups of {group_size} along axis {axis}{needed}"
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
