@@ -201,9 +201,10 @@ def test_attention_sees_quantized_history_and_exact_new_tokens(keep_dense):
         feed(caches, states, 0, 70)
         seen = feed_one_by_one(caches, states, 70, 192)[index]  # this step fills the residual: still exact
         assert torch.equal(seen, torch.cat([quantizer.dequantize(history, torch.float32), exact[:, :, 64:192]], dim=2))
-        history = history.append(quantizer.quantize(exact[:, :, 64:192], like=history))
+        later = quantizer.quantize(exact[:, :, 64:192], like=history)
         seen = feed(caches, states, 192, 193)[index]
-        assert torch.equal(seen, torch.cat([quantizer.dequantize(history, torch.float32), exact[:, :, 192:193]], dim=2))
+        read_back = [quantizer.dequantize(part, torch.float32) for part in (history, later)]
+        assert torch.equal(seen, torch.cat([*read_back, exact[:, :, 192:193]], dim=2))
 
 
 @pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if load_recipe(name).flush == "append"])
@@ -211,13 +212,12 @@ def test_flushes_leave_stored_history_untouched(name):
     cache, states = one_layer_cache(name), make_states(330)
     feed(cache, states, 0, 70)
     stored = cache.layers[0].stored
-    before = {side: stored[side].quantized for side in stored}
+    before = {side: [tensor.clone() for tensor in stored_tensors(stored[side].quantized)] for side in stored}
     feed(cache, states, 70, 330)
     for side in stored:
-        assert stored[side].quantized.length > before[side].length
-        kept = stored[side].quantized.select_tokens(0, before[side].length)
-        for found, expected in zip(stored_tensors(kept), stored_tensors(before[side]), strict=True):
-            assert torch.equal(found, expected)
+        assert stored[side].quantized.length >= 320
+        for found, expected in zip(stored_tensors(stored[side].quantized), before[side], strict=True):
+            assert torch.equal(found[:, :, : expected.shape[2]] if found.ndim > 3 else found, expected)
 
 
 @pytest.mark.parametrize("name", [FP16, KIVI, VIDKV])
@@ -486,7 +486,9 @@ def test_different_blocks_of_keys_and_values_share_their_history_length():
 def test_cache_has_a_layer_for_each_layer_of_the_text_decoder(config):
     text_config = config.get_text_config(decoder=True)
     text_config.num_hidden_layers = 3
-    assert len(QuantizedCache.for_model(SimpleNamespace(config=config), load_recipe(KIVI))) == 3
+    model = torch.nn.Module()
+    model.config = config
+    assert len(QuantizedCache.for_model(model, load_recipe(KIVI))) == 3
 
 
 def test_models_without_attention_in_a_layer_are_refused():

@@ -116,12 +116,18 @@ def test_an_attribute_that_shadowed_forward_before_shadows_it_afterwards(loaded)
         del model.forward
 
 
-def test_a_padded_prompt_is_refused(loaded):
+@pytest.mark.parametrize("memo", [None, PrefillMemo()], ids=["own prefill", "memo"])
+@pytest.mark.parametrize("recipe", [tiny.FP16, tiny.LOW_BIT], ids=lambda recipe: recipe.name)
+def test_a_padded_prompt_gets_the_answer_of_the_unpadded_one_and_stores_no_padding(loaded, recipe, memo):
     model, (prompt, _) = loaded
-    mask = prompt["attention_mask"].clone()
-    mask[0, :3] = 0
-    with (
-        pytest.raises(GenerateFailed, match="3 padded positions.*batch_size=1"),
-        injected(model, lambda: QuantizedCache.for_model(model, tiny.FP16)),
-    ):
-        generate(model, prompt | {"attention_mask": mask})
+
+    def answer(prompt):
+        with injected(model, lambda: QuantizedCache.for_model(model, recipe), memo) as calls:
+            text = generate(model, prompt)
+        return text[prompt["input_ids"].shape[1] :], calls[0].footprint
+
+    pad = {"input_ids": model.generation_config.pad_token_id or 0, "attention_mask": 0, "mm_token_type_ids": 0}
+    padded = {
+        name: torch.nn.functional.pad(value, (3, 0), value=pad[name]) if name in pad else value for name, value in prompt.items()
+    }
+    assert answer(padded) == answer(prompt)

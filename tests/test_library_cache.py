@@ -9,9 +9,9 @@ import torch
 from test_inject import generate, loaded  # noqa: F401  the fixture
 from transformers import QuantizedCache as TransformersQuantizedCache
 
-from vidkv_eval.cache import QuantizedCache, RowCache
+from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.inject import PrefillMemo, injected, injected_rows
-from vidkv_eval.library_cache import LibraryCache, LibraryRecipe, make_cache, new_cache
+from vidkv_eval.library_cache import LibraryCache, LibraryRecipe, make_cache
 from vidkv_eval.recipe import Recipe, RecipeError, load_recipe
 
 HEADS, WIDTH, GROUP = 2, 64, 64
@@ -75,7 +75,7 @@ def test_a_row_of_a_batch_gives_the_tokens_and_bytes_of_generate_with_one_cache(
 @every_recipe
 def test_what_attention_sees_is_what_the_layer_of_the_library_returns(name):
     recipe = load_recipe(name)
-    cache, own = new_cache(recipe, 1), new_cache(recipe, 1).layers[0].layer
+    cache, own = LibraryCache(recipe, 1), LibraryCache(recipe, 1).layers[0].layer
     for step in range(140):
         states = make_states(64 if step == 0 else 1, seed=step)
         expected = own.update(states, states)
@@ -87,7 +87,7 @@ def test_what_attention_sees_is_what_the_layer_of_the_library_returns(name):
 def test_codes_of_quanto_are_unpacked_as_its_own_code_packs_them():
     from optimum.quanto.tensor.packed import PackedTensor
 
-    new_cache(load_recipe("quanto_k2_v2"), 1)
+    LibraryCache(load_recipe("quanto_k2_v2"), 1)
     for bits in (2, 4):
         for rows in (1, 5, 8, 33):
             codes = torch.randint(2**bits, (rows, 7), dtype=torch.uint8)
@@ -104,7 +104,7 @@ def test_codes_of_quanto_are_unpacked_as_its_own_code_packs_them():
 @every_recipe
 def test_bytes_are_those_of_codes_scales_zero_points_and_residual(name):
     recipe, tokens, waiting = load_recipe(name), 64, 5
-    cache = new_cache(recipe, 1)
+    cache = LibraryCache(recipe, 1)
     assert cache.footprint().key_elements == 0
     feed(cache, make_states(tokens), *[make_states(1)] * waiting)
     history, residual = tokens * HEADS * WIDTH, waiting * HEADS * WIDTH
@@ -119,7 +119,7 @@ def test_bytes_are_those_of_codes_scales_zero_points_and_residual(name):
 @every_recipe
 def test_a_storage_dtype_stores_and_reads_as_a_model_of_that_dtype_would(name):
     recipe = load_recipe(name)
-    half, cast = new_cache(recipe, 1), new_cache(recipe, 1, storage_dtype=torch.float16)
+    half, cast = LibraryCache(recipe, 1), LibraryCache(recipe, 1, storage_dtype=torch.float16)
     states = make_states(64)
     assert torch.equal(feed(cast, states.float() + 1e-6), states.float() + 1e-6), "the pass over a prompt sees exact states"
     feed(half, states)
@@ -138,7 +138,7 @@ def test_a_storage_dtype_stores_and_reads_as_a_model_of_that_dtype_would(name):
 def error_of_the_prompt_after_flushes(recipe, flushes):
     """Relative error of the prompt as read back, after each time that the residual was full; hqq packs multiples of 4 tokens."""
     recipe = dataclasses.replace(recipe, residual_length=4)
-    cache, prompt, errors = new_cache(recipe, 1), make_states(64), []
+    cache, prompt, errors = LibraryCache(recipe, 1), make_states(64), []
     feed(cache, prompt)
     for step in range(flushes + 1):
         seen = feed(cache, make_states(4, seed=step + 1))[:, :, :64]
@@ -161,13 +161,13 @@ def test_quantizing_history_again_adds_error_with_the_default_axis_of_hqq():
 def test_sequences_of_a_batch_share_groups_with_the_default_axis_of_hqq():
     states = make_states(64, batch=2)
     states[1] *= 40
-    cache, alone = (new_cache(load_recipe("hqq_k2_v2_axis0"), 1) for _ in range(2))
+    cache, alone = (LibraryCache(load_recipe("hqq_k2_v2_axis0"), 1) for _ in range(2))
     together = feed(cache, states, states[:, :, :1])
     assert not torch.equal(together[:1], feed(alone, states[:1], states[:1, :, :1]))
 
 
 def test_the_residual_is_emptied_by_the_token_that_fills_it():
-    cache = new_cache(dataclasses.replace(load_recipe("quanto_k4_v4"), residual_length=4), 1)
+    cache = LibraryCache(dataclasses.replace(load_recipe("quanto_k4_v4"), residual_length=4), 1)
     residual = cache.layers[0].stored
     feed(cache, make_states(64))
     lengths = []
@@ -201,7 +201,7 @@ def test_the_cache_of_another_kind_of_recipe_is_refused():
 
 @every_recipe
 def test_what_the_library_would_answer_wrongly_is_refused(name):
-    cache = new_cache(load_recipe(name), 1)
+    cache = LibraryCache(load_recipe(name), 1)
     feed(cache, make_states(64, batch=2), make_states(1, batch=2))
     with pytest.raises(ValueError, match="tokens cannot be removed"):
         cache.crop(-1)
@@ -212,8 +212,18 @@ def test_what_the_library_would_answer_wrongly_is_refused(name):
         feed(cache, make_states(1))
 
 
+def test_a_padded_prompt_is_refused(loaded):  # noqa: F811
+    model, (prompt, _) = loaded
+    mask = prompt["attention_mask"].clone()
+    mask[0, :3] = 0
+    with pytest.raises(ValueError, match="quanto_k2_v2: the library's cache stores padding like tokens"):
+        model.generate(
+            **prompt | {"attention_mask": mask}, max_new_tokens=2, past_key_values=make_cache(model, load_recipe("quanto_k2_v2"))
+        )
+
+
 def test_beams_are_reordered():
-    cache = new_cache(load_recipe("quanto_k4_v4"), 1)
+    cache = LibraryCache(load_recipe("quanto_k4_v4"), 1)
     states = make_states(64, batch=2)
     feed(cache, states, states[:, :, :1])
     before = feed(cache, states[:, :, 1:2])
@@ -223,7 +233,7 @@ def test_beams_are_reordered():
 
 
 def test_a_cache_that_is_reset_starts_anew():
-    cache = new_cache(load_recipe("quanto_k4_v4"), 1)
+    cache = LibraryCache(load_recipe("quanto_k4_v4"), 1)
     expected = feed(cache, make_states(64), make_states(1))
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -235,8 +245,8 @@ def test_numbers_of_tokens_that_hqq_cannot_pack_are_named(name, multiple):
     recipe = load_recipe(name)
     message = f"layer 0: hqq cannot cut 1 sequences x 1 heads x 9 tokens .* groups of 64 along axis 1 .* multiple of {multiple}"
     with pytest.raises(ValueError, match=message):
-        feed(new_cache(recipe, 1), make_states(9)[:, :1])
-    cache = new_cache(dataclasses.replace(recipe, residual_length=1), 1)
+        feed(LibraryCache(recipe, 1), make_states(9)[:, :1])
+    cache = LibraryCache(dataclasses.replace(recipe, residual_length=1), 1)
     feed(cache, make_states(8)[:, :1])
     with pytest.raises(ValueError, match=message):
         feed(cache, make_states(1)[:, :1])
@@ -245,7 +255,7 @@ def test_numbers_of_tokens_that_hqq_cannot_pack_are_named(name, multiple):
 def test_what_quanto_cannot_group_is_named():
     recipe = dataclasses.replace(load_recipe("quanto_k2_v2"), axis=-1)
     with pytest.raises(ValueError, match="layer 0: optimum-quanto cannot cut .* 33 tokens x 64 channels into groups of 64 along axis -1"):
-        feed(new_cache(recipe, 1), make_states(33))
+        feed(LibraryCache(recipe, 1), make_states(33))
 
 
 @every_recipe
@@ -254,7 +264,7 @@ def test_states_that_are_not_finite_are_refused(name, bad):
     states = make_states(64)
     states[0, 1, 2, 3] = bad
     with pytest.raises(ValueError, match="layer 0, key states cannot be quantized: they hold NaN or infinity in torch.float16"):
-        feed(new_cache(load_recipe(name), 1), states)
+        feed(LibraryCache(load_recipe(name), 1), states)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +285,3 @@ def test_an_impossible_recipe_names_the_field_and_what_is_allowed(change, messag
     with pytest.raises(RecipeError) as error:
         Recipe.from_config({**CONFIG, **change})
     assert message in str(error.value)
-
-
-def test_a_row_needs_no_dense_working_copy_of_the_library():
-    assert len(RowCache([new_cache(load_recipe("quanto_k2_v2"), 1) for _ in range(2)])) == 2

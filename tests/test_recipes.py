@@ -4,8 +4,9 @@ import pytest
 import tiny
 import torch
 
-from vidkv_eval.library_cache import new_cache
+from vidkv_eval.library_cache import LibraryCache
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.growing import GrowingStates
 from vidkv_eval.quant.released import ReleasedAffine
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
@@ -47,7 +48,7 @@ class LibrarySide:
         self.is_batch_independent = (recipe.backend, recipe.axis) != ("hqq", 0)
 
     def quantize(self, states):
-        cache = new_cache(self.recipe, 1)
+        cache = LibraryCache(self.recipe, 1)
         cache.update(states, states, 0)
         return cache.layers[0].stored[self.side]
 
@@ -147,7 +148,9 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     first, second = quantizer.quantize(make_states(seed=1)), make_states(seed=2)
     later = quantizer.quantize(second, like=first)
     before = quantizer.dequantize(first, torch.float32)
-    both = first.append(later)
+    growing = GrowingStates(first)
+    growing.append(later)
+    both = growing.states
     expected = torch.cat([before, quantizer.dequantize(later, torch.float32)], dim=2)
     assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
     assert torch.equal(quantizer.dequantize(first, torch.float32), before)

@@ -106,7 +106,7 @@ def test_a_block_per_token_is_one_token():
     quantized = quantizer.quantize(states)
     assert quantizer.block == 1
     assert quantized.nbytes == 2 * 5 * (64 // 4 + 2 * 2 * 2)
-    assert torch.equal(quantizer.dequantize(quantized.select_tokens(1, 4), torch.float16), read_back(quantizer, states)[:, :, 1:4])
+    assert torch.equal(read_back(quantizer, states[:, :, 1:4]), read_back(quantizer, states)[:, :, 1:4])
     with pytest.raises(ValueError, match="48 channels .* groups of 32"):
         quantizer.quantize(states[..., :48])
 

@@ -6,7 +6,7 @@ import tiny
 import torch
 
 from vidkv_eval import cli
-from vidkv_eval.library_cache import new_cache
+from vidkv_eval.library_cache import LibraryCache
 from vidkv_eval.recipe import load_recipe
 from vidkv_eval.roundtrip import roundtrip
 
@@ -48,7 +48,7 @@ def test_every_library_recipe_reads_back_what_attention_sees_next(name, files, c
     states, recipe = make_states(), load_recipe(name)
     exact = {side: torch.from_numpy(array) for side, array in states.items()}
     found = files[1](f"recipe={name}", "prompt_tokens=96", **states)
-    cache, part = new_cache(recipe, 1), 96
+    cache, part = LibraryCache(recipe, 1), 96
     for start, stop in ((0, part), (part, TOKENS), (0, 1)):
         seen = cache.update(exact["key"][:, :, start:stop], exact["value"][:, :, start:stop], 0)
         if stop == TOKENS:

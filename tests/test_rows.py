@@ -7,9 +7,10 @@ import tiny
 from test_inject import generate, loaded  # noqa: F401  the fixture
 
 from vidkv_eval.attention import GROUPED, use_attention
-from vidkv_eval.cache import QuantizedCache, RowCache
+from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.inject import GenerateFailed, PrefillMemo, injected, injected_rows
 from vidkv_eval.recipe import load_recipe
+from vidkv_eval.rows import RowCache
 
 ROWS = 4
 
@@ -86,7 +87,7 @@ def test_grouped_attention_gives_the_tokens_of_the_stock_one(loaded):  # noqa: F
 def test_an_error_in_any_row_comes_out_as_generate_failed(loaded):  # noqa: F811
     model, (prompt, _) = loaded
     caches = [make_cache(model, recipe) for recipe in tiny.RECIPES]
-    caches[1].layers[0].stored = None
+    caches[1].layers[0].update = None
     with pytest.raises(GenerateFailed), injected_rows(model, caches, PrefillMemo()):
         generate(model, prompt)
 

@@ -16,8 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.attention import GROUPED
+from vidkv_eval.prompt import Prompt, watch
+from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
+from vidkv_eval.score_drop import ScoreDrop, put_note
+from vidkv_eval.stored import StoredStates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,144 +69,141 @@ def _bits(stored_bytes: int, elements: int) -> float:
     return 8 * stored_bytes / elements if elements else float("nan")
 
 
-class StoredStates:
-    """Keys or values of one layer: quantized history followed by the residual in full precision.
+@dataclass(frozen=True)
+class CacheOptions:
+    """How a cache keeps what a recipe says; see `QuantizedCache`."""
+
+    storage_dtype: torch.dtype | None = None
+    keep_dense: bool = False
+    keep_newest: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.keep_newest) is not int or self.keep_newest < 0:
+            raise ValueError(f"keep_newest is {self.keep_newest!r}; allowed: integers from 0")
+
+
+class SequenceGroup:
+    """Keys and values of those sequences of a batch that begin at the same position, so that their blocks are the same tokens.
 
     Attributes:
-        quantized: stored form of the history, None while there is none.
-        residual: newest tokens, [B, H, T, D] in the storage dtype, a view of a buffer that is written in place.
+        rows: which batch items these are, in order.
+        padding: padded positions before them, which are not stored.
+        stored: by the names key and value; empty before the first tokens.
     """
 
-    def __init__(self, quantizer: Quantizer, residual_length: int, like: torch.Tensor, storage_dtype: torch.dtype, keep_dense: bool):
-        self.quantizer = quantizer
-        self.dtype = like.dtype
-        self.quantized: QuantizedStates | None = None
-        batch, heads, _, channels = like.shape
-        self._residual_buffer = torch.empty(batch, heads, residual_length, channels, dtype=storage_dtype, device=like.device)
-        self.residual = self._residual_buffer[:, :, :0]
-        self._dense: torch.Tensor | None = like.new_empty(batch, heads, 0, channels) if keep_dense else None
-        self._dense_length = 0
+    def __init__(self, recipe: Recipe, rows: list[int], prompt: Prompt, options: CacheOptions):
+        self.recipe = recipe
+        self.rows = rows
+        self.padding = prompt.padding[0]
+        self.options = options
+        self.stored: dict[str, StoredStates] = {}
+        self._marks = prompt.marks and prompt.marks[0]
 
-    @property
-    def history_length(self) -> int:
-        return self.quantized.length if self.quantized else 0
+    def update(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Store new tokens, [B, H, T, D] by name, and return what attention sees; see `QuantizedLayer.update`.
 
-    @property
-    def length(self) -> int:
-        return self.history_length + self.residual.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the stored tensors; neither spare room in buffers nor the dense working copy is counted."""
-        return (self.quantized.nbytes if self.quantized else 0) + self.residual.nbytes
-
-    @property
-    def elements(self) -> int:
-        """Number of elements that the stored tensors stand for."""
-        batch, heads, _, channels = self.residual.shape
-        return batch * heads * self.length * channels
-
-    def read(self, new: torch.Tensor) -> torch.Tensor:
-        """Return what is read back, followed by the tokens `new` as they are, [B, H, T, D].
-
-        With a dense working copy this is a view of it, good until the next call.
-        """
-        if self._dense is None:
-            stored = [self.quantizer.dequantize(self.quantized, self.dtype)] if self.quantized else []
-            return torch.cat([*stored, self.residual.to(self.dtype), new], dim=2)
-        return self._read_dense(new)
-
-    def _read_dense(self, new: torch.Tensor) -> torch.Tensor:
-        past, total = self.length, self.length + new.shape[2]
-        if total > self._dense.shape[2]:
-            batch, heads, _, channels = self._dense.shape
-            grown = self._dense.new_empty(batch, heads, total + max(128, total // 4), channels)
-            grown[:, :, : self._dense_length] = self._dense[:, :, : self._dense_length]
-            self._dense = grown
-        # Tokens seen as they were when new are replaced by what is stored only now: until here attention may have been using them.
-        if self._dense_length < self.history_length:
-            fresh = self.quantized.select_tokens(self._dense_length, self.history_length)
-            self._dense[:, :, self._dense_length : self.history_length] = self.quantizer.dequantize(fresh, self.dtype)
-            self._dense_length = self.history_length
-        if self._dense_length < past:
-            self._dense[:, :, self._dense_length : past] = self.residual[:, :, self._dense_length - self.history_length :]
-        self._dense[:, :, past:total] = new
-        self._dense_length = past
-        return self._dense[:, :, :total]
-
-    def share_dense(self, buffer: torch.Tensor) -> None:
-        """Keep the dense working copy in `buffer` [B, H, room, D] from now on; what it holds so far is moved there."""
-        buffer[:, :, : self._dense_length] = self._dense[:, :, : self._dense_length]
-        self._dense = buffer
-
-    def append(self, new: torch.Tensor, quantize: int, requantize: bool) -> None:
-        """Store new tokens.
-
-        Args:
-            new: [B, H, T, D].
-            quantize: how many tokens of residual and new ones leave full precision, oldest first.
-            requantize: read the history back and quantize it again with them, instead of appending to it.
         Raises:
-            ArithmeticError: the tokens to quantize hold NaN or infinity, or need metadata beyond its dtype.
+            ArithmeticError: states that cannot be quantized; its arguments are the reason and their name.
         """
-        start = self.residual.shape[2]
-        stop = start + new.shape[2]
-        if not quantize:
-            self._residual_buffer[:, :, start:stop] = new
-            self.residual = self._residual_buffer[:, :, :stop]
-            return
-        states = torch.cat([self.residual, new.to(self.residual.dtype)], dim=2)
-        self._quantize(states[:, :, :quantize], requantize)
-        self._residual_buffer[:, :, : stop - quantize] = states[:, :, quantize:]
-        self.residual = self._residual_buffer[:, :, : stop - quantize]
+        new_tokens = new_states["key"].shape[2]
+        is_first = not self.stored or self.stored["key"].length == 0
+        if is_first:
+            self._start(new_states)
+        seen = new_states if is_first else {name: self.stored[name].read(states) for name, states in new_states.items()}
+        leaving = self._count_leaving(new_tokens, is_first)
+        for name, states in new_states.items():
+            try:
+                self.stored[name].append(states, leaving[name], requantize=self.recipe.flush == "requantize")
+            except ArithmeticError as error:
+                raise type(error)(str(error), name) from error
+        if is_first and self.recipe.prefill == "quantized":
+            seen = {name: self.stored[name].read(states[:, :, :0]) for name, states in new_states.items()}
+        return seen
 
-    def _quantize(self, states: torch.Tensor, requantize: bool) -> None:
-        if not torch.isfinite(states).all():
-            raise FloatingPointError(f"they hold NaN or infinity in {states.dtype}; check the dtypes of the model and of storage")
-        self._dense_length = min(self._dense_length, self.history_length)
-        if self.quantized is None:
-            self.quantized = self.quantizer.quantize(states)
-        elif requantize:
-            history = self.quantizer.dequantize(self.quantized, self.dtype)
-            self.quantized = self.quantizer.quantize(torch.cat([history, states.to(self.dtype)], dim=2))
-            self._dense_length = 0
-        else:
-            self.quantized = self.quantized.append(self.quantizer.quantize(states, like=self.quantized))
+    def _start(self, new_states: dict[str, torch.Tensor]) -> None:
+        room = self.recipe.residual_length + self.options.keep_newest
+        prompt_tokens = self._count_leaving(new_states["key"].shape[2], is_first=True)
+        for name, states in new_states.items():
+            quantizer, choice = getattr(self.recipe, name), None
+            if isinstance(quantizer, SplitTokens):
+                tokens = quantizer.choose_tokens(self._marks, prompt_tokens[name]).to(states.device)
+                choice = quantizer.choice(tokens.expand(states.shape[0], -1), states.shape[3])
+            dtype = self.options.storage_dtype or states.dtype
+            self.stored[name] = StoredStates(quantizer, room, states, dtype, self.options.keep_dense, choice)
 
-    def crop_residual(self, tokens: int) -> None:
+    def _count_leaving(self, new_tokens: int, is_first: bool) -> dict[str, int]:
+        """Return how many of the residual's and the new tokens leave full precision, for keys and for values."""
+        waiting = {name: new_tokens + (0 if is_first else self.stored[name].residual.shape[2]) for name in ("key", "value")}
+        free = {name: max(0, count - self.options.keep_newest) for name, count in waiting.items()}
+        if is_first:
+            # The prompt leaves less than a block in the residual.
+            blocks = dict.fromkeys(waiting, self.recipe.block)
+            if self.recipe.flush == "requantize":
+                # Values fill their own blocks, as in the released code: no value of the prompt is left if a block is one token.
+                blocks["value"] = self.recipe.value.block
+            return {name: count - count % blocks[name] for name, count in free.items()}
+        # Afterwards the residual of keys, never the shorter one, is quantized whenever it is full, and that of values with it,
+        # so that what is stored does not depend on how later tokens were divided over calls.
+        rest = waiting["key"] - free["key"] + free["key"] % self.recipe.residual_length
+        return {name: 0 if free["key"] < self.recipe.residual_length else count - rest for name, count in waiting.items()}
+
+    def score_drops(self) -> dict[int, ScoreDrop]:
+        """Return by batch item what attention shall do about the chosen tokens of its keys."""
+        tokens = self.stored["key"].quantized.static["tokens"].long() + self.padding
+        return {row: ScoreDrop(tokens[place], self.recipe.score_drop) for place, row in enumerate(self.rows) if tokens.shape[1]}
+
+    def footprint(self) -> Footprint:
+        """Count what is stored for these sequences."""
+        if not self.stored:
+            return Footprint()
+        key, value = self.stored["key"], self.stored["value"]
+        return Footprint(key.nbytes, value.nbytes, key.elements, value.elements)
+
+    def crop(self, tokens: int) -> None:
         """Forget the newest `tokens` tokens, which must be in the residual."""
-        self.residual = self.residual[:, :, : self.residual.shape[2] - tokens]
-        self._dense_length = min(self._dense_length, self.length)
+        for stored in self.stored.values():
+            stored.crop_residual(tokens)
 
-    def select_batch(self, indices: torch.Tensor) -> None:
-        """Keep the batch items `indices`, in that order."""
-        residual_length = self.residual.shape[2]
-        self._residual_buffer = self._residual_buffer[indices]
-        self.residual = self._residual_buffer[:, :, :residual_length]
-        if self.quantized:
-            self.quantized = self.quantized.select_batch(indices)
-        if self._dense is not None:
-            self._dense = self._dense[indices]
+    def select(self, rows: list[int], positions: list[int]) -> None:
+        """Keep the sequences at `positions` of this group, which become batch items `rows`."""
+        self.rows = rows
+        for stored in self.stored.values():
+            stored.select_batch(torch.tensor(positions, dtype=torch.int64, device=stored.residual.device))
 
 
 class QuantizedLayer(CacheLayerMixin):
     """Keys and values of one attention layer."""
 
     is_sliding = False
+    is_croppable = True
 
-    def __init__(self, recipe: Recipe, index: int, storage_dtype: torch.dtype | None, keep_dense: bool):
+    def __init__(self, recipe: Recipe, index: int, options: CacheOptions):
         super().__init__()
         self.recipe = recipe
         self.index = index
-        self.storage_dtype = storage_dtype
-        self.keep_dense = keep_dense
-        self.stored: dict[str, StoredStates] = {}
+        self.options = options
+        self.prompt: Prompt | None = None
+        self.groups: list[SequenceGroup] = []
+        self._tokens = 0
+
+    @property
+    def stored(self) -> dict[str, StoredStates]:
+        """Keys and values by these names, of a batch whose sequences are stored together (no padding, no choice of tokens)."""
+        (group,) = self.groups
+        return group.stored
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        for name, quantizer, states in (("key", self.recipe.key, key_states), ("value", self.recipe.value, value_states)):
-            dtype = self.storage_dtype or states.dtype
-            self.stored[name] = StoredStates(quantizer, self.recipe.residual_length, states, dtype, self.keep_dense)
         self.dtype, self.device, self.batch_size = key_states.dtype, key_states.device, key_states.shape[0]
+        prompt = self.prompt or Prompt((0,) * self.batch_size)
+        if len(prompt.padding) not in (1, self.batch_size):
+            raise ValueError(f"{self.batch_size} sequences, but the prompt was described as a batch of {len(prompt.padding)}")
+        members: dict[object, list[int]] = {}
+        for row in range(self.batch_size):
+            # Chosen tokens may differ in number from sequence to sequence.
+            alike = row if self.recipe.chooses_tokens else prompt.row(row).padding
+            members.setdefault(alike, []).append(row)
+        self.groups = [SequenceGroup(self.recipe, rows, prompt.row(rows[0]), self.options) for rows in members.values()]
+        self._tokens = 0
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,45 +217,45 @@ class QuantizedLayer(CacheLayerMixin):
             value_states: [B, H, T, D].
         Returns:
             Keys and values, each [B, H, stored + T, D]; with a dense working copy, views that are good until the next call.
+            At padded positions they are zero, or as they came.
+        Raises:
+            ValueError: another number of sequences than before, or states that the recipe cannot quantize.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"{key_states.shape[0]} sequences for a cache that holds {self.batch_size}; use a new cache")
-        is_first = self.get_seq_length() == 0
         new_states = {"key": key_states.detach(), "value": value_states.detach()}
-        seen = new_states if is_first else {name: self.stored[name].read(states) for name, states in new_states.items()}
-        leaving = self._count_leaving(key_states.shape[2], is_first)
-        for name, states in new_states.items():
-            self._append(name, states, leaving[name])
-        if is_first and self.recipe.prefill == "quantized":
-            seen = {name: self.stored[name].read(states[:, :, :0]) for name, states in new_states.items()}
+        try:
+            seen = self._update_groups(new_states)
+        except ArithmeticError as error:
+            raise ValueError(f"layer {self.index}, {error.args[1]} states cannot be quantized: {error.args[0]}") from error
+        # In the pass over the prompt attention sees exact states.
+        if self.recipe.score_drop and self._tokens:
+            put_note(seen["key"], {row: drop for group in self.groups for row, drop in group.score_drops().items()})
+        self._tokens += key_states.shape[2]
         return seen["key"], seen["value"]
 
-    def _count_leaving(self, new_tokens: int, is_first: bool) -> dict[str, int]:
-        """Return how many of the residual's and the new tokens leave full precision, for keys and for values."""
-        waiting = {name: stored.residual.shape[2] + new_tokens for name, stored in self.stored.items()}
-        if is_first:
-            # The prompt leaves less than a block in the residual.
-            blocks = dict.fromkeys(waiting, self.recipe.block)
-            if self.recipe.flush == "requantize":
-                # Values fill their own blocks, as in the released code: no value of the prompt is left if a block is one token.
-                blocks["value"] = self.recipe.value.block
-            return {name: count - count % blocks[name] for name, count in waiting.items()}
-        # Afterwards the residual of keys, never the shorter one, is quantized whenever it is full, and that of values with it,
-        # so that what is stored does not depend on how later tokens were divided over calls.
-        rest = waiting["key"] % self.recipe.residual_length
-        return {name: 0 if waiting["key"] < self.recipe.residual_length else count - rest for name, count in waiting.items()}
-
-    def _append(self, name: str, states: torch.Tensor, quantize: int) -> None:
-        try:
-            self.stored[name].append(states, quantize, requantize=self.recipe.flush == "requantize")
-        except ArithmeticError as error:
-            raise ValueError(f"layer {self.index}, {name} states cannot be quantized: {error}") from error
+    def _update_groups(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if len(self.groups) == 1 and not self.groups[0].padding:
+            return self.groups[0].update(new_states)
+        total = self._tokens + new_states["key"].shape[2]
+        seen = {
+            name: states.new_zeros(*states.shape[:2], total, states.shape[3]) if self._tokens else states.clone()
+            for name, states in new_states.items()
+        }
+        for group in self.groups:
+            rows = torch.tensor(group.rows, device=self.device)
+            skipped = max(0, group.padding - self._tokens)
+            if skipped >= new_states["key"].shape[2]:
+                continue
+            for name, states in group.update({name: states[rows, :, skipped:] for name, states in new_states.items()}).items():
+                seen[name][rows, :, total - states.shape[2] :] = states
+        return seen
 
     def get_seq_length(self) -> int:
-        """Return the number of tokens held."""
-        return self.stored["key"].length if self.is_initialized else 0
+        """Return the number of tokens held, padding included."""
+        return self._tokens if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return length and offset of what attention will see with `query_length` new tokens."""
@@ -266,14 +267,13 @@ class QuantizedLayer(CacheLayerMixin):
 
     def footprint(self) -> Footprint:
         """Count what this layer stores."""
-        if not self.is_initialized:
-            return Footprint()
-        key, value = self.stored["key"], self.stored["value"]
-        return Footprint(key.nbytes, value.nbytes, key.elements, value.elements)
+        return sum((group.footprint() for group in self.groups), Footprint())
 
     def reset(self) -> None:
         """Forget everything."""
-        self.stored = {}
+        self.groups = []
+        self.prompt = None
+        self._tokens = 0
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -288,14 +288,15 @@ class QuantizedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, found {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        residual = min(stored.residual.shape[2] for stored in self.stored.values())
+        residual = min(stored.residual.shape[2] for group in self.groups for stored in group.stored.values())
         if -tokens_to_remove > residual:
             raise ValueError(
                 f"crop of {-tokens_to_remove} tokens, but only the newest {residual} are still in full precision and can be removed; "
-                "start again with a new cache, or use a recipe with a longer residual_length"
+                f"make the cache with keep_newest={-tokens_to_remove} or more, as assisted decoding needs it, or start a new one"
             )
-        for stored in self.stored.values():
-            stored.crop_residual(-tokens_to_remove)
+        for group in self.groups:
+            group.crop(-tokens_to_remove)
+        self._tokens += tokens_to_remove
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Give each beam the cache of the beam it continues."""
@@ -310,14 +311,23 @@ class QuantizedLayer(CacheLayerMixin):
         """Keep the batch items `indices` (integers or a mask), in that order."""
         if not self.is_initialized:
             return
-        indices = indices.to(self.device)
-        for stored in self.stored.values():
-            stored.select_batch(indices)
-        self.batch_size = self.stored["key"].residual.shape[0]
+        indices = torch.as_tensor(indices)
+        order = (indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices).tolist()
+        # A negative number counts from the end, as everywhere in torch.
+        order = [index % self.batch_size for index in order]
+        for group in self.groups:
+            place = {old: position for position, old in enumerate(group.rows)}
+            kept = [(new, place[old]) for new, old in enumerate(order) if old in place]
+            group.select([new for new, _ in kept], [position for _, position in kept])
+        self.groups = [group for group in self.groups if group.rows]
+        self.batch_size = len(order)
 
 
 class QuantizedCache(Cache):
     """A cache for `generate(past_key_values=...)`; one object serves one call, and its further turns.
+
+    Batches padded on the left, and recipes that choose visual tokens, need a description of the prompt. A cache made by
+    `for_model` gets it from the model itself; otherwise call `describe_prompt` before the first `update`.
 
     Args:
         recipe: what happens to keys and values.
@@ -326,22 +336,67 @@ class QuantizedCache(Cache):
             From the step after they came, states are read back rounded to it.
         keep_dense: keep a dequantized working copy, so that a decode step need not dequantize the history again. It is
             never counted as stored and never written back; generated text is the same.
+        keep_newest: this many of the newest tokens always stay in full precision, so that they can be cropped. Assisted
+            decoding needs as many as tokens are guessed at once.
+
+    Attributes:
+        prompt: description of the prompt, None if there was none.
     """
 
-    def __init__(self, recipe: Recipe, num_layers: int, *, storage_dtype: torch.dtype | None = None, keep_dense: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_layers: int,
+        *,
+        storage_dtype: torch.dtype | None = None,
+        keep_dense: bool = False,
+        keep_newest: int = 0,
+    ):
         if not isinstance(recipe, Recipe):
             raise ValueError(f"{recipe.name} is a recipe of another library's cache; make it with vidkv_eval.library_cache.make_cache")
-        super().__init__(layers=[QuantizedLayer(recipe, index, storage_dtype, keep_dense) for index in range(num_layers)])
         self.recipe = recipe
+        self.options = CacheOptions(storage_dtype, keep_dense, keep_newest)
+        self.prompt: Prompt | None = None
+        super().__init__(layers=[QuantizedLayer(recipe, index, self.options) for index in range(num_layers)])
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe, **options: Any) -> QuantizedCache:
-        """Make a cache with a layer for each layer of the model's text decoder.
+        """Make a cache with a layer for each layer of the model's text decoder, and let it learn about its prompt.
 
         Raises:
-            ValueError: the model has layers that are not attention layers.
+            ValueError: the model has layers that are not attention layers, or its attention cannot do what the recipe asks for.
         """
-        return cls(recipe, count_attention_layers(model), **options)
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        if recipe.score_drop and attention != GROUPED:
+            raise ValueError(
+                f"{recipe.name} lowers attention scores, which attention {attention!r} does not do; "
+                f"set model.attn_implementation={GROUPED}, or call vidkv_eval.attention.use_attention(model, {GROUPED!r})"
+            )
+        cache = cls(recipe, count_attention_layers(model), **options)
+        watch(model)
+        return cache
+
+    @property
+    def chooses_visual_tokens(self) -> bool:
+        """Whether the recipe treats some visual tokens of the prompt in another way than others."""
+        return self.recipe.chooses_tokens
+
+    def describe_prompt(self, prompt: Prompt) -> None:
+        """Tell an empty cache about the prompt to come.
+
+        Raises:
+            ValueError: the cache already holds tokens.
+        """
+        if self.get_seq_length():
+            raise ValueError(f"the cache holds {self.get_seq_length()} tokens; describe the prompt before its first tokens")
+        self.prompt = prompt
+        for layer in self.layers:
+            layer.prompt = prompt
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.prompt = None
+        super().reset()
 
     def footprint(self) -> Footprint:
         """Count what is stored in all layers."""
@@ -360,91 +415,3 @@ def count_attention_layers(model: PreTrainedModel) -> int:
         found, allowed = ", ".join(strange), ", ".join(ATTENTION_LAYERS)
         raise ValueError(f"{type(model).__name__} has layers of type {found}; QuantizedCache serves {allowed}")
     return config.num_hidden_layers
-
-
-class RowLayer(CacheLayerMixin):
-    """One layer of several caches of one sequence each, which a model sees as a batch."""
-
-    is_sliding = False
-
-    def __init__(self, rows: list[QuantizedLayer], is_running: list[bool]):
-        super().__init__()
-        self.rows = rows
-        self.is_running = is_running
-        self._dense: dict[str, torch.Tensor] = {}
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.is_initialized = True
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store new tokens and return what attention sees, as `QuantizedLayer.update` for each row.
-
-        Args:
-            key_states: [R, H, T, D] for R rows; [1, H, T, D] the first time: the prompt that all rows have in common.
-            value_states: as `key_states`.
-        Returns:
-            Keys and values, views that are good until the next call: [R, H, stored + T, D], or the prompt as it came.
-            Rows that were stopped hold nothing of meaning.
-        """
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            for row in self.rows:
-                row.update(key_states, value_states)
-            return key_states, value_states
-        total = self.get_seq_length() + key_states.shape[2]
-        self._make_room(total, key_states)
-        for index, row in enumerate(self.rows):
-            if self.is_running[index]:
-                row.update(key_states[index : index + 1], value_states[index : index + 1])
-        return self._dense["key"][:, :, :total], self._dense["value"][:, :, :total]
-
-    def _make_room(self, total: int, like: torch.Tensor) -> None:
-        """Let the dense working copies of all rows lie in one tensor, so that a batch of them is a view."""
-        if self._dense and total <= self._dense["key"].shape[2]:
-            return
-        for name in ("key", "value"):
-            # Zeros, because a stopped row is attended to although nobody reads the result.
-            self._dense[name] = like.new_zeros(len(self.rows), like.shape[1], total + max(128, total // 4), like.shape[3])
-            for index, row in enumerate(self.rows):
-                row.stored[name].share_dense(self._dense[name][index : index + 1])
-
-    def get_seq_length(self) -> int:
-        """Return the number of tokens held by the rows that still run."""
-        return max(row.get_seq_length() for row in self.rows)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return length and offset of what attention will see with `query_length` new tokens."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
-        return -1
-
-
-class RowCache(Cache):
-    """Several caches that answer one prompt side by side, as the rows of a batch.
-
-    The model reads its weights once for all rows, which is most of the time of a decode step.
-
-    Args:
-        rows: empty caches of models alike, with `keep_dense` and `prefill: exact`.
-    """
-
-    def __init__(self, rows: list[QuantizedCache]):
-        for cache in rows:
-            if cache.recipe.prefill != "exact" or not all(layer.keep_dense for layer in cache.layers):
-                raise ValueError(f"{cache.recipe.name}: caches can only run side by side with prefill: exact and keep_dense: true")
-        self._is_running = [True] * len(rows)
-        layers = zip(*(cache.layers for cache in rows), strict=True)
-        super().__init__(layers=[RowLayer(list(same_depth), self._is_running) for same_depth in layers])
-
-    def __len__(self) -> int:
-        return len(self._is_running)
-
-    def is_running(self, row: int) -> bool:
-        """Whether this row still stores what comes."""
-        return self._is_running[row]
-
-    def stop(self, row: int) -> None:
-        """Store nothing more in this row; its sequence has ended."""
-        self._is_running[row] = False

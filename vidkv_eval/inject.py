@@ -11,7 +11,9 @@ from torch import nn
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import ModelOutput
 
-from vidkv_eval.cache import Footprint, QuantizedCache, RowCache
+from vidkv_eval.cache import Footprint, QuantizedCache
+from vidkv_eval.prompt import Prompt, describe_call, embeddings_of, with_saliency
+from vidkv_eval.rows import RowCache
 
 PIXELS = ("pixel_values", "pixel_values_videos")
 
@@ -46,6 +48,7 @@ class PrefillMemo:
         self._prompt: dict = {}
         self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._output = None
+        self._description: Prompt | None = None
 
     def generate(self, model: nn.Module, plain: Callable, arguments: dict) -> torch.Tensor:
         """Call `plain(**arguments)`, the `generate` of `model`, sparing it what the last call has already computed."""
@@ -53,7 +56,7 @@ class PrefillMemo:
         if self._holds(prompt):
             return self._generate_replayed(model, plain, arguments)
         self._prompt = {}
-        with _instance_attribute(model, "forward", _with_prefill(model.forward, functools.partial(self._compute, model.forward))):
+        with _instance_attribute(model, "forward", _with_prefill(model.forward, functools.partial(self._compute, model, model.forward))):
             output = plain(**arguments)
         self._prompt = prompt
         return output
@@ -85,14 +88,21 @@ class PrefillMemo:
         with _instance_attribute(model, "forward", _with_prefill(model.forward, self._replay)):
             return plain(**arguments)
 
-    def _compute(self, forward: Callable, inputs: dict) -> ModelOutput:
+    def _compute(self, model: nn.Module, forward: Callable, inputs: dict) -> ModelOutput:
         exact = DynamicCache()
-        self._output = dataclasses.replace(forward(**{**inputs, "past_key_values": exact}), past_key_values=None)
+        with embeddings_of(model) as embeddings:
+            self._output = dataclasses.replace(forward(**{**inputs, "past_key_values": exact}), past_key_values=None)
+        self._description = describe_call(model, inputs)
+        if embeddings:
+            self._description = with_saliency(self._description, embeddings[0])
         self._states = [(layer.keys, layer.values) for layer in exact.layers]
         return self._replay(inputs)
 
     def _replay(self, inputs: dict) -> ModelOutput:
         cache = inputs["past_key_values"]
+        # The model does not run, so that nothing else tells the cache which visual tokens matter.
+        if hasattr(cache, "describe_prompt"):
+            cache.describe_prompt(self._description)
         for layer, (key_states, value_states) in enumerate(self._states):
             cache.update(key_states, value_states, layer)
         logits = self._output.logits.expand(inputs["input_ids"].shape[0], -1, -1)
@@ -165,7 +175,6 @@ def injected(
     def generate(**arguments):
         started = time.perf_counter()
         try:
-            _refuse_padding(arguments.get("attention_mask"))
             cache = make_cache()
             arguments = {**arguments, "past_key_values": cache}
             output = plain(**arguments) if prefill is None else prefill.generate(model, plain, arguments)
@@ -202,7 +211,6 @@ def injected_rows(model: nn.Module, caches: list[QuantizedCache], prefill: Prefi
         started = time.perf_counter()
         try:
             if not outputs:
-                _refuse_padding(arguments.get("attention_mask"))
                 outputs.extend(prefill.generate_rows(model, plain, arguments, caches))
             output, cache = outputs[len(calls)], caches[len(calls)]
         except Exception as error:
@@ -227,17 +235,6 @@ def _instance_attribute(owner: object, name: str, value: object) -> Iterator[Non
             delattr(owner, name)
         else:
             setattr(owner, name, before)
-
-
-def _refuse_padding(attention_mask: torch.Tensor | None) -> None:
-    if attention_mask is None:
-        return
-    padded = int((attention_mask == 0).sum())
-    if padded:
-        raise ValueError(
-            f"the prompt has {padded} padded positions; padding would be stored in the cache and take part in the scales of real "
-            "tokens; use batch_size=1"
-        )
 
 
 def _equal(left: object, right: object) -> bool:

@@ -21,8 +21,9 @@ from transformers.cache_utils import (
     QuantoQuantizedLayer,
 )
 
-from vidkv_eval.cache import Footprint, QuantizedCache, count_attention_layers
-from vidkv_eval.quant.base import impossible
+from vidkv_eval.cache import CacheOptions, Footprint, QuantizedCache, count_attention_layers
+from vidkv_eval.prompt import Prompt, watch
+from vidkv_eval.quant.base import QuantizedStates, impossible
 from vidkv_eval.recipe import BaseRecipe, RecipeError
 
 if TYPE_CHECKING:
@@ -172,7 +173,6 @@ class LibraryLayer(CacheLayerMixin):
     """Keys and values of one attention layer in a layer of the library."""
 
     is_sliding = False
-    keep_dense = True
 
     def __init__(self, recipe: LibraryRecipe, index: int, storage_dtype: torch.dtype | None):
         super().__init__()
@@ -232,6 +232,14 @@ class LibraryLayer(CacheLayerMixin):
         package, group_size, axis = PACKAGES[self.recipe.backend], self.recipe.group_size, self.recipe.axis
         return f"layer {self.index}: {package} cannot cut {shape} into groups of {group_size} along axis {axis}{needed}"
 
+    def read(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what attention would see with these new tokens, [B, H, T, D], without storing them."""
+        return self.stored["key"].read(key_states), self.stored["value"].read(value_states)
+
+    def quantized(self, name: str) -> list[QuantizedStates]:
+        """Return no stored form of a quantizer of ours: there is none."""
+        return []
+
     def get_seq_length(self) -> int:
         """Return the number of tokens held."""
         return self.layer.get_seq_length()
@@ -281,42 +289,51 @@ class LibraryCache(Cache):
         num_layers: number of attention layers of the model.
         storage_dtype: dtype in which the library is given states, and so that of its metadata and residual; None: that of the
             states. What it returns is in the dtype of the states again.
+        keep_dense: taken as every cache takes it, and without effect: the library reads all history back in every step.
     Raises:
         RecipeError: the package that quantizes is not installed.
     """
 
-    def __init__(self, recipe: LibraryRecipe, num_layers: int, *, storage_dtype: torch.dtype | None = None):
+    chooses_visual_tokens = False
+
+    def __init__(
+        self, recipe: LibraryRecipe, num_layers: int, *, storage_dtype: torch.dtype | None = None, keep_dense: bool = False
+    ):
         _require_package(recipe)
         super().__init__(layers=[LibraryLayer(recipe, index, storage_dtype) for index in range(num_layers)])
         self.recipe = recipe
+        self.options = CacheOptions(storage_dtype, keep_dense)
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, recipe: LibraryRecipe, **options: Any) -> LibraryCache:
+        """Make a cache with a layer for each layer of the model's text decoder.
+
+        Raises:
+            ValueError: the model has layers that are not attention layers.
+            RecipeError: the package that quantizes is not installed.
+        """
+        cache = cls(recipe, count_attention_layers(model), **options)
+        watch(model)
+        return cache
+
+    def describe_prompt(self, prompt: Prompt) -> None:
+        """Refuse padding, which the library would store and count, and with some axes mix into the groups of real tokens."""
+        if any(prompt.padding):
+            raise ValueError(f"{self.recipe.name}: the library's cache stores padding like tokens; use batch_size=1")
 
     def footprint(self) -> Footprint:
         """Count what is stored in all layers."""
         return sum((layer.footprint() for layer in self.layers), Footprint())
 
 
-def new_cache(recipe: BaseRecipe, num_layers: int, *, keep_dense: bool = False, **options: Any) -> QuantizedCache | LibraryCache:
-    """Make an empty cache of any recipe for a number of layers; arguments and errors as in `make_cache`."""
-    if isinstance(recipe, LibraryRecipe):
-        return LibraryCache(recipe, num_layers, **options)
-    return QuantizedCache(recipe, num_layers, keep_dense=keep_dense, **options)
+def cache_class(recipe: BaseRecipe) -> type[QuantizedCache] | type[LibraryCache]:
+    """Return the kind of cache that a recipe is for."""
+    return LibraryCache if isinstance(recipe, LibraryRecipe) else QuantizedCache
 
 
-def make_cache(
-    model: PreTrainedModel, recipe: BaseRecipe, *, storage_dtype: torch.dtype | None = None, keep_dense: bool = False
-) -> QuantizedCache | LibraryCache:
-    """Make an empty cache of any recipe for a model.
-
-    Args:
-        model: a model of Transformers whose layers are attention layers.
-        recipe: what happens to keys and values.
-        storage_dtype: as in `QuantizedCache` and `LibraryCache`.
-        keep_dense: as in `QuantizedCache`. The library reads its whole history back in every step whatever is asked.
-    Raises:
-        ValueError: the model has other layers.
-        RecipeError: a package that the recipe needs is not installed.
-    """
-    return new_cache(recipe, count_attention_layers(model), storage_dtype=storage_dtype, keep_dense=keep_dense)
+def make_cache(model: PreTrainedModel, recipe: BaseRecipe, **options: Any) -> QuantizedCache | LibraryCache:
+    """Make an empty cache of any recipe for a model, by `for_model` of its kind; options as there."""
+    return cache_class(recipe).for_model(model, recipe, **options)
 
 
 def _require_package(recipe: LibraryRecipe) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import yaml
 
 from vidkv_eval.quant.base import Quantizer, impossible
+from vidkv_eval.quant.choose_tokens import TokenChooser
+from vidkv_eval.quant.split_tokens import SplitTokens
 
 RECIPE_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "recipe"
 PACKAGE = "vidkv_eval."
@@ -72,6 +74,7 @@ class Recipe(BaseRecipe):
         flush: what a full residual does: append (history is never touched), or requantize (history is read back and
             quantized again together with the residual).
         variant: "" where no readings differ, published (the paper's text), released (the authors' code), scaled (repaired).
+        score_drop: how much the largest attention score of the chosen tokens of the keys is lowered; see `score_drop.drop_scores`.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Recipe(BaseRecipe):
     prefill: str = "exact"
     flush: str = "append"
     variant: str = ""
+    score_drop: float = 0.0
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -97,11 +101,20 @@ class Recipe(BaseRecipe):
                 raise impossible(self, field, getattr(self, field), "a quantizer")
         if type(self.residual_length) is not int or self.residual_length < 1 or self.residual_length % self.block:
             raise impossible(self, "residual_length", self.residual_length, f"multiples of {self.block}, the tokens quantized together")
+        if type(self.score_drop) not in (int, float) or not 0 <= self.score_drop < math.inf:
+            raise impossible(self, "score_drop", self.score_drop, "numbers from 0")
+        if self.score_drop and (self.prefill != "exact" or not isinstance(self.key, SplitTokens)):
+            raise impossible(self, "score_drop", self.score_drop, "0, unless keys choose tokens (SplitTokens) and prefill is 'exact'")
 
     @property
     def block(self) -> int:
         """Number of tokens that keys and values can both quantize together."""
         return math.lcm(self.key.block, self.value.block)
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether some tokens of the prompt have quantizers of their own."""
+        return isinstance(self.key, SplitTokens) or isinstance(self.value, SplitTokens)
 
     @property
     def key_bits(self) -> float:
@@ -171,8 +184,8 @@ def _find_class(target: Any, path: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError:
         found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | BaseRecipe)):
-        raise RecipeError(f"{path}: _target_ is {target!r}, which is not a quantizer; allowed: {allowed}")
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | TokenChooser | BaseRecipe)):
+        raise RecipeError(f"{path}: _target_ is {target!r}, which is not part of a recipe; allowed: {allowed}")
     return found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vidkv_eval.cache import Footprint
-from vidkv_eval.library_cache import new_cache
+from vidkv_eval.library_cache import cache_class
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.recipe import BaseRecipe, Recipe, load_recipe
 
@@ -62,7 +62,7 @@ def roundtrip(recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt
     """
     total = key.shape[2]
     prompt = total if prompt_tokens is None else prompt_tokens
-    cache = new_cache(recipe, 1)
+    cache = cache_class(recipe)(recipe, 1)
     for start, stop in zip([0, *range(prompt, total)], range(prompt, total + 1), strict=True):
         cache.update(key[:, :, start:stop], value[:, :, start:stop], 0)
     stored = cache.layers[0].stored

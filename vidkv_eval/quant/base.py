@@ -38,26 +38,6 @@ class QuantizedStates:
         own = sum(tensor.nbytes for tensor in (*self.tensors.values(), *self.static.values()))
         return own + sum(part.nbytes for part in self.parts.values())
 
-    def append(self, other: QuantizedStates) -> QuantizedStates:
-        """Return the stored form of these tokens followed by those of `other`; stored bytes are copied, never recomputed.
-
-        Raises:
-            ValueError: `other` was not quantized with `like=` these states.
-        """
-        same_names = self.tensors.keys() == other.tensors.keys() and self.parts.keys() == other.parts.keys()
-        same_static = self.static.keys() == other.static.keys() and all(
-            tensor is other.static[name] or torch.equal(tensor, other.static[name]) for name, tensor in self.static.items()
-        )
-        if not (same_names and same_static and self.channels == other.channels):
-            raise ValueError("appended states were quantized in another way; quantize them with `like=` the states they are appended to")
-        return QuantizedStates(
-            self.length + other.length,
-            self.channels,
-            {name: torch.cat([tensor, other.tensors[name]], dim=2) for name, tensor in self.tensors.items()},
-            self.static,
-            {name: part.append(other.parts[name]) for name, part in self.parts.items()},
-        )
-
     def select_batch(self, indices: torch.Tensor) -> QuantizedStates:
         """Return the batch items `indices` (integers, which may repeat, or a mask), in that order."""
         return QuantizedStates(
@@ -67,15 +47,6 @@ class QuantizedStates:
             {name: tensor[indices] for name, tensor in self.static.items()},
             {name: part.select_batch(indices) for name, part in self.parts.items()},
         )
-
-    def select_tokens(self, start: int, stop: int) -> QuantizedStates:
-        """Return the tokens from `start` to `stop`, which lie on block boundaries, as views."""
-        narrowed = {}
-        for name, tensor in self.tensors.items():
-            step = self.length // tensor.shape[2]
-            narrowed[name] = tensor[:, :, start // step : stop // step]
-        parts = {name: part.select_tokens(start, stop) for name, part in self.parts.items()}
-        return QuantizedStates(stop - start, self.channels, narrowed, self.static, parts)
 
 
 class Quantizer(ABC):
