@@ -12,9 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vidkv_eval.score_drop import ScoreDrop, drop_scores, read_note
-
-GROUPED = "grouped_sdpa"
+from vidkv_eval.score_drop import GROUPED, ScoreDrop, drop_scores, read_note
 
 
 def grouped_sdpa(

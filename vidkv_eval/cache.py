@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vidkv_eval.attention import GROUPED
 from vidkv_eval.prompt import Prompt, watch
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
-from vidkv_eval.score_drop import ScoreDrop, put_note
+from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
 from vidkv_eval.stored import StoredStates
 
 if TYPE_CHECKING:

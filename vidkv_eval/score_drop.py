@@ -14,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+GROUPED = "grouped_sdpa"
+"""Name of the attention function that reads notes; it is defined in `attention`."""
+
 
 @dataclass(frozen=True)
 class ScoreDrop:
