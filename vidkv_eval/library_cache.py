@@ -206,7 +206,6 @@ class LibraryLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"{key_states.shape[0]} sequences for a cache that holds {self.batch_size}; use a new cache")
-        is_first = self.get_seq_length() == 0
         new = {"key": key_states.detach(), "value": value_states.detach()}
         kept = {name: states.to(self.storage_dtype or states.dtype) for name, states in new.items()}
         for name, states in kept.items():
@@ -219,8 +218,6 @@ class LibraryLayer(CacheLayerMixin):
         # hqq packs rows of groups that do not fill bytes into codes of another number, which would show in the next step only.
         if not all(stored.is_packed_whole for stored in self.stored.values()):
             raise ValueError(self._explain(key_states))
-        if is_first:
-            return new["key"], new["value"]
         shown = [self.stored[name].show(read, new[name]) for name, read in zip(("key", "value"), seen, strict=True)]
         return shown[0], shown[1]
 
