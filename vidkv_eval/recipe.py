@@ -33,6 +33,11 @@ class BaseRecipe(ABC):
     """
 
     @property
+    def chooses_tokens(self) -> bool:
+        """Whether some tokens of the prompt have quantizers of their own."""
+        return False
+
+    @property
     @abstractmethod
     def key_bits(self) -> float:
         """Nominal bits of keys."""
@@ -113,7 +118,6 @@ class Recipe(BaseRecipe):
 
     @property
     def chooses_tokens(self) -> bool:
-        """Whether some tokens of the prompt have quantizers of their own."""
         return isinstance(self.key, SplitTokens) or isinstance(self.value, SplitTokens)
 
     @property
