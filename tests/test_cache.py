@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from transformers import (
     DynamicCache,
@@ -20,7 +21,7 @@ from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.identity import Identity
 from vidkv_eval.quant.marks import TokenMarks
-from vidkv_eval.recipe import Recipe, load_recipe, recipe_names
+from vidkv_eval.recipe import Recipe, load_recipe
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 2, 32, 97
 FP16, KIVI, VIDKV = "fp16", "kivi_k2_v2", "vidkv_k150_v158_scaled"
@@ -120,7 +121,7 @@ def test_identity_recipe_equals_plain_generation_in_every_dtype(attention, dtype
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_dense_working_copy_changes_nothing(qwen2, name):
     input_ids = prompt()
     options = {"new_tokens": 2 * RESIDUAL + 20}  # flushes at steps 122 and 250
@@ -133,7 +134,7 @@ def test_dense_working_copy_changes_nothing(qwen2, name):
     assert dense.footprint() == plain.footprint()
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 @pytest.mark.parametrize("flush", ["append", "requantize"])
 def test_dense_working_copy_shows_the_same_states(name, flush):
     recipe = dataclasses.replace(load_recipe(name), flush=flush)
@@ -144,7 +145,7 @@ def test_dense_working_copy_shows_the_same_states(name, flush):
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_first_token_never_sees_quantization(qwen2, name):
     _, expected = generate(qwen2, prompt(), new_tokens=1)
     _, logits = generate(qwen2, prompt(), QuantizedCache.for_model(qwen2, load_recipe(name)), new_tokens=1)
@@ -213,7 +214,7 @@ def test_attention_sees_quantized_history_and_exact_new_tokens(keep_dense):
         assert torch.equal(seen, torch.cat([*read_back, exact[:, :, 192:193]], dim=2))
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).flush == "append"])
+@pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if load_recipe(name).flush == "append"])
 def test_flushes_leave_stored_history_untouched(name):
     cache, states = one_layer_cache(name), make_states(330)
     feed(cache, states, 0, 70)
@@ -468,7 +469,7 @@ def test_states_of_another_batch_size_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_every_recipe_generates_in_half_precision(name, dtype):
     model = tiny_model("qwen2", dtype=dtype)
     cache = QuantizedCache.for_model(model, load_recipe(name))
@@ -548,7 +549,7 @@ def test_keep_newest_is_a_number_of_tokens(bad):
         one_layer_cache(keep_newest=bad)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_the_newest_tokens_stay_exact_through_every_flush(name):
     recipe, states = load_recipe(name), make_states(400, dtype=torch.float16)
     cache = one_layer_cache(name, keep_newest=9)
@@ -564,7 +565,7 @@ def test_the_newest_tokens_stay_exact_through_every_flush(name):
 # Nothing in full precision is read that is not stored
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if name != FP16])
+@pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if name != FP16])
 @pytest.mark.parametrize("keep_newest", [0, 5])
 def test_nothing_reads_full_precision_states_again_or_rooms_that_are_not_filled(name, keep_newest):
     states = make_states(500, dtype=torch.float16)

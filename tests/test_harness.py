@@ -11,8 +11,9 @@ import tiny
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from vidkv_eval import library_cache
 from vidkv_eval.harness import GenerateFailed, JudgeFailed, Session, VideoUnreadable
-from vidkv_eval.recipe import load_recipe
+from vidkv_eval.recipe import RecipeError, load_recipe
 
 LLAVA, QWEN = "vidkv_llava_onevision", "vidkv_qwen2_5_vl"
 PIXELS = {"min_pixels": 784, "max_pixels": 12544}
@@ -139,6 +140,15 @@ def test_in_a_batch_only_the_recipe_that_fails_is_blamed(session, monkeypatch):
     answers = session.answer(0, recipes, {"keep_dense": True, "rows": 3})
     assert next(answers).recipe == tiny.FP16.name
     with pytest.raises(GenerateFailed):
+        next(answers)
+
+
+def test_in_a_batch_only_the_recipe_whose_package_is_missing_is_blamed(session, monkeypatch):
+    monkeypatch.setitem(library_cache.PACKAGES, "hqq", "a-package-that-nobody-has")
+    recipes = [tiny.FP16, load_recipe("hqq_k2_v2"), tiny.LOW_BIT]
+    answers = session.answer(0, recipes, {"keep_dense": True, "rows": 3})
+    assert next(answers).recipe == tiny.FP16.name
+    with pytest.raises(RecipeError, match="recipe hqq_k2_v2 needs a-package-that-nobody-has"):
         next(answers)
 
 

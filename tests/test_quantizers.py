@@ -11,6 +11,8 @@ from vidkv_eval.quant.growing import GrowingStates
 from vidkv_eval.quant.hadamard import Hadamard
 from vidkv_eval.quant.identity import Identity
 from vidkv_eval.quant.metadata import MetadataWriter
+from vidkv_eval.quant.quantile import Quantile
+from vidkv_eval.quant.segment import Segment
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
@@ -138,6 +140,26 @@ def test_hadamard_is_the_product_with_the_matrix():
     torch.testing.assert_close(read_back(Hadamard(Identity()), states), states)
     with pytest.raises(ValueError, match="12 channels; allowed: powers of two"):
         Hadamard(Identity()).quantize(torch.zeros(1, 1, 1, 12))
+
+
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_a_whole_segment_is_one_min_max_group_for_each_channel(nbits):
+    states = torch.randn(2, 3, 24, 5)
+    assert torch.equal(read_back(Segment(nbits), states), read_back(Affine(nbits, PER_CHANNEL, 24), states))
+
+
+def test_quantile_0_is_1_bit_between_minimum_and_maximum():
+    states = torch.randint(-99, 99, (2, 3, 64, 8)).float()  # metadata in float16 is exact
+    assert torch.equal(read_back(Quantile(0, PER_CHANNEL, 32), states), read_back(Affine(1, PER_CHANNEL, 32), states))
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2, 0.25, 0.4])
+def test_levels_are_the_quantiles_of_torch(tau):
+    groups = torch.randn(1, 2, 3, 4, 32)
+    write = MetadataWriter("float16", None)
+    Quantile(tau, PER_CHANNEL, 32).encode(groups, write)
+    for name, share in (("low", tau), ("high", 1 - tau)):
+        assert torch.equal(write.tensors[name], groups.quantile(share, dim=-1).half())
 
 
 # Properties
@@ -320,6 +342,25 @@ def test_affine_error_is_at_most_half_a_step_beyond_float16_rounding():
         assert (error <= step / 2 + groups.abs().amax(-1) * 2**-9).all()
 
 
+def test_every_element_reads_back_as_the_nearer_quantile():
+    states = torch.randn(1, 2, 64, 8)
+    found = group(read_back(Quantile(0.2, PER_CHANNEL, 32), states), PER_CHANNEL, 32)
+    exact = group(states, PER_CHANNEL, 32)
+    low, high = found.amin(-1, keepdim=True), found.amax(-1, keepdim=True)
+    assert ((found - exact).abs() <= torch.minimum((exact - low).abs(), (exact - high).abs()) + 1e-6).all()
+
+
+def test_segments_of_any_length_cost_the_same_metadata_and_later_tokens_none():
+    quantizer = Segment(1, 0.5)
+    for tokens in (1, 7, 64):
+        stored = quantizer.quantize(torch.randn(2, 3, tokens, 20))
+        assert stored.nbytes == 2 * 3 * (tokens * 3 + 20 * 2 * 2)  # 20 codes in 3 bytes; minimum and scale of each channel
+    later = quantizer.quantize(torch.randn(2, 3, 5, 20), like=stored)
+    growing = GrowingStates(stored)
+    growing.append(later)
+    assert growing.states.nbytes == stored.nbytes + 2 * 3 * 5 * 3
+
+
 def test_range_too_narrow_for_float16_reads_back_as_the_minimum():
     states = one_group(1.0, 1.0 + 2**-23, 1.0, 1.0)
     assert torch.equal(read_back(Affine(8, PER_CHANNEL, 4), states), torch.ones_like(states))
@@ -378,6 +419,9 @@ def test_channel_indices_are_counted():
         (lambda: SplitChannels(SIGN_ZERO, None, 0.5), "SplitChannels.normal is None; allowed: a quantizer"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, per_head=1), "SplitChannels.per_head is 1; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, "width"), "SplitChannels.select is 'width'; allowed: range, variance, outlier"),
+        (lambda: Quantile(0.5, PER_CHANNEL, 32), "Quantile.tau is 0.5; allowed: numbers from 0 to below 0.5"),
+        (lambda: Segment(3), "Segment.nbits is 3; allowed: 1, 2, 4, 8"),
+        (lambda: Segment(1, 0), "Segment.shrink is 0; allowed: numbers above 0 to 1"),
         (lambda: Spectral("sign"), "Spectral.inner is 'sign'; allowed: a quantizer"),
         (lambda: Centred(2), "Centred.inner is 2; allowed: a quantizer"),
         (lambda: Hadamard(None), "Hadamard.inner is None; allowed: a quantizer"),
@@ -444,6 +488,24 @@ def test_sign_by_hand(levels, expected):
     # mean of |x| is 2; mean of x is 1, mean of |x - 1| is 2; exactly zero counts as positive
     states = one_group(3, -2, 0, 3)
     assert read_back(Sign(levels, PER_CHANNEL, 4), states).flatten().tolist() == expected
+
+
+def test_quantile_by_hand():
+    # sorted -4 -2 0 1 6; a quarter of the way lies -2, three quarters 1, and -0.5 in the middle of these; 0 is nearer to 1
+    states = one_group(6, 0, -2, 1, -4)
+    assert read_back(Quantile(0.25, PER_CHANNEL, 5), states).flatten().tolist() == [1, 1, -2, 1, -2]
+    # an eighth of the way lies half-way from -4 to -2, and from 6 to 1; the middle of -3 and 3.5 is 0.25
+    assert read_back(Quantile(0.125, PER_CHANNEL, 5), states).flatten().tolist() == [3.5, -3, -3, 3.5, -3]
+
+
+def test_segment_by_hand():
+    states = one_group(-4, 8, 1, 3, -1)
+    # half the range is [-2, 4], its middle 1, which goes to the even code 0
+    assert read_back(Segment(1, 0.5), states).flatten().tolist() == [-2, 4, -2, 4, -2]
+    # at 2 bits levels -4, 0, 4, 8 of the whole range
+    assert read_back(Segment(2), states).flatten().tolist() == [-4, 8, 0, 4, 0]
+    # shrinking is towards zero: a constant channel is read back smaller
+    assert (read_back(Segment(1, 0.5), torch.full((1, 1, 4, 1), 6.0)) == 3).all()
 
 
 def test_ternary_by_hand():

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from vidkv_eval import cli
+from vidkv_eval.library_cache import LibraryCache
 from vidkv_eval.quant.split_tokens import SplitTokens
-from vidkv_eval.recipe import load_recipe, recipe_names
+from vidkv_eval.recipe import load_recipe
 from vidkv_eval.roundtrip import roundtrip
 
 BATCH, HEADS, TOKENS, WIDTH = 1, 2, 100, 64
@@ -31,7 +33,7 @@ def files(tmp_path):
     return paths, run
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
 def test_every_recipe_reads_back_what_its_quantizers_do(name, files, tmp_path):
     states, recipe = make_states(), load_recipe(name)
     settings, protected = [], torch.arange(0, 96, 3)[None]
@@ -45,6 +47,23 @@ def test_every_recipe_reads_back_what_its_quantizers_do(name, files, tmp_path):
         history = quantizer.dequantize(quantizer.quantize(exact[:, :, :96], like=like), torch.float16)
         assert found[side].dtype == np.float32
         assert np.array_equal(found[side], torch.cat([history, exact[:, :, 96:]], dim=2).float().numpy())
+
+
+@pytest.mark.parametrize("name", tiny.LIBRARY_RECIPES)
+def test_every_library_recipe_reads_back_what_attention_sees_next(name, files, capsys):
+    states, recipe = make_states(), load_recipe(name)
+    exact = {side: torch.from_numpy(array) for side, array in states.items()}
+    found = files[1](f"recipe={name}", "prompt_tokens=96", **states)
+    cache, part = LibraryCache(recipe, 1), 96
+    for start, stop in ((0, part), (part, TOKENS), (0, 1)):
+        seen = cache.update(exact["key"][:, :, start:stop], exact["value"][:, :, start:stop], 0)
+        if stop == TOKENS:
+            stored = cache.footprint()
+    for side, states_seen in zip(("key", "value"), seen, strict=True):
+        assert np.array_equal(found[side], states_seen[:, :, :TOKENS].float().numpy())
+        assert np.array_equal(found[side][:, :, part:], exact[side][:, :, part:].float().numpy())
+    assert "wide_channels" not in found
+    assert f"together {stored.effective_bits:.3f}" in capsys.readouterr().out
 
 
 def test_tokens_after_the_prompt_are_fed_one_by_one(files):

@@ -24,11 +24,13 @@ from transformers import (
 
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.identity import Identity
-from vidkv_eval.recipe import Recipe
+from vidkv_eval.recipe import Recipe, load_recipe, recipe_names
 
 FP16 = Recipe("fp16", "FP16", "", Identity(), Identity())
 LOW_BIT = Recipe("low_bit", "2 bit", "", Affine(2, "per_channel", 32), Affine(2, "per_token", 32))
 RECIPES = (FP16, LOW_BIT)
+QUANTIZER_RECIPES = [name for name in recipe_names() if isinstance(load_recipe(name), Recipe)]
+LIBRARY_RECIPES = [name for name in recipe_names() if name not in QUANTIZER_RECIPES]
 
 FRAMES = 16
 CLIPS = 3

@@ -20,6 +20,7 @@ from vidkv_eval.prompt import Prompt, watch
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
+from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
 from vidkv_eval.stored import StoredStates
 
 if TYPE_CHECKING:
@@ -146,6 +147,11 @@ class SequenceGroup:
         rest = waiting["key"] - free["key"] + free["key"] % self.recipe.residual_length
         return {name: 0 if free["key"] < self.recipe.residual_length else count - rest for name, count in waiting.items()}
 
+    def score_drops(self) -> dict[int, ScoreDrop]:
+        """Return by batch item what attention shall do about the chosen tokens of its keys."""
+        tokens = self.stored["key"].quantized.static["tokens"].long() + self.padding
+        return {row: ScoreDrop(tokens[place], self.recipe.score_drop) for place, row in enumerate(self.rows) if tokens.shape[1]}
+
     def footprint(self) -> Footprint:
         """Count what is stored for these sequences."""
         if not self.stored:
@@ -224,6 +230,9 @@ class QuantizedLayer(CacheLayerMixin):
             seen = self._update_groups(new_states)
         except ArithmeticError as error:
             raise ValueError(f"layer {self.index}, {error.args[1]} states cannot be quantized: {error.args[0]}") from error
+        # In the pass over the prompt attention sees exact states.
+        if self.recipe.score_drop and self._tokens:
+            put_note(seen["key"], {row: drop for group in self.groups for row, drop in group.score_drops().items()})
         self._tokens += key_states.shape[2]
         return seen["key"], seen["value"]
 
@@ -369,6 +378,8 @@ class QuantizedCache(Cache):
         keep_dense: bool = False,
         keep_newest: int = 0,
     ):
+        if not isinstance(recipe, Recipe):
+            raise ValueError(f"{recipe.name} is a recipe of another library's cache; make it with vidkv_eval.library_cache.make_cache")
         self.recipe = recipe
         self.options = CacheOptions(storage_dtype, keep_dense, keep_newest)
         self.prompt: Prompt | None = None
@@ -379,15 +390,17 @@ class QuantizedCache(Cache):
         """Make a cache with a layer for each layer of the model's text decoder, and let it learn about its prompt.
 
         Raises:
-            ValueError: the model has layers that are not attention layers.
+            ValueError: the model has layers that are not attention layers, or its attention cannot do what the recipe asks for.
         """
-        config = model.config.get_text_config(decoder=True)
-        strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
-        if strange:
-            found, allowed = ", ".join(strange), ", ".join(ATTENTION_LAYERS)
-            raise ValueError(f"{type(model).__name__} has layers of type {found}; QuantizedCache serves {allowed}")
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        if recipe.score_drop and attention != GROUPED:
+            raise ValueError(
+                f"{recipe.name} lowers attention scores, which attention {attention!r} does not do; "
+                f"set model.attn_implementation={GROUPED}, or call vidkv_eval.attention.use_attention(model, {GROUPED!r})"
+            )
+        cache = cls(recipe, count_attention_layers(model), **options)
         watch(model)
-        return cls(recipe, config.num_hidden_layers, **options)
+        return cache
 
     @property
     def chooses_visual_tokens(self) -> bool:
@@ -414,3 +427,17 @@ class QuantizedCache(Cache):
     def footprint(self) -> Footprint:
         """Count what is stored in all layers."""
         return sum((layer.footprint() for layer in self.layers), Footprint())
+
+
+def count_attention_layers(model: PreTrainedModel) -> int:
+    """Return the number of layers of a model's text decoder.
+
+    Raises:
+        ValueError: the model has layers that are not attention layers.
+    """
+    config = model.config.get_text_config(decoder=True)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - set(ATTENTION_LAYERS))
+    if strange:
+        found, allowed = ", ".join(strange), ", ".join(ATTENTION_LAYERS)
+        raise ValueError(f"{type(model).__name__} has layers of type {found}; QuantizedCache serves {allowed}")
+    return config.num_hidden_layers

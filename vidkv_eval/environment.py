@@ -6,7 +6,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "decord", "numpy")
+PACKAGES = ("torch", "torchvision", "transformers", "lmms-eval", "decord", "numpy", "optimum-quanto", "hqq")
 
 
 def describe_environment(root: Path, *, device: str, threads: int) -> dict:

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import importlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,48 @@ class RecipeError(ValueError):
     """A recipe that does not exist or cannot be built; the message says what is allowed."""
 
 
+class BaseRecipe(ABC):
+    """What every kind of recipe has.
+
+    Implementations are frozen dataclasses with the fields or properties `name`, `label`, `source`, `variant` and `prefill`, as
+    `Recipe` describes them.
+    """
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether some tokens of the prompt have quantizers of their own."""
+        return False
+
+    @property
+    @abstractmethod
+    def key_bits(self) -> float:
+        """Nominal bits of keys."""
+
+    @property
+    @abstractmethod
+    def value_bits(self) -> float:
+        """Nominal bits of values."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> BaseRecipe:
+        """Build a recipe from nested plain mappings that name classes in `_target_`; one that names none is of this class.
+
+        Raises:
+            RecipeError: a field is unknown, missing or has an impossible value.
+        """
+        recipe = _build({"_target_": f"{cls.__module__}.{cls.__qualname__}", **config}, "recipe")
+        if not isinstance(recipe, BaseRecipe):
+            raise RecipeError(f"recipe: _target_ is {config['_target_']!r}; allowed: {cls.__module__}.{cls.__qualname__}")
+        return recipe
+
+    def to_config(self) -> dict[str, Any]:
+        """Return the recipe as nested plain mappings, defaults written out: what `from_config` reads."""
+        return _to_config(self)
+
+
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What happens to a key/value cache.
+class Recipe(BaseRecipe):
+    """What happens to keys and values in a `QuantizedCache`.
 
     Attributes:
         name: file name of the recipe.
@@ -39,6 +79,7 @@ class Recipe:
         flush: what a full residual does: append (history is never touched), or requantize (history is read back and
             quantized again together with the residual).
         variant: "" where no readings differ, published (the paper's text), released (the authors' code), scaled (repaired).
+        score_drop: how much the largest attention score of the chosen tokens of the keys is lowered; see `score_drop.drop_scores`.
     """
 
     name: str
@@ -50,6 +91,7 @@ class Recipe:
     prefill: str = "exact"
     flush: str = "append"
     variant: str = ""
+    score_drop: float = 0.0
 
     def __post_init__(self) -> None:
         for field, allowed in (
@@ -64,6 +106,10 @@ class Recipe:
                 raise impossible(self, field, getattr(self, field), "a quantizer")
         if type(self.residual_length) is not int or self.residual_length < 1 or self.residual_length % self.block:
             raise impossible(self, "residual_length", self.residual_length, f"multiples of {self.block}, the tokens quantized together")
+        if type(self.score_drop) not in (int, float) or not 0 <= self.score_drop < math.inf:
+            raise impossible(self, "score_drop", self.score_drop, "numbers from 0")
+        if self.score_drop and (self.prefill != "exact" or not isinstance(self.key, SplitTokens)):
+            raise impossible(self, "score_drop", self.score_drop, "0, unless keys choose tokens (SplitTokens) and prefill is 'exact'")
 
     @property
     def block(self) -> int:
@@ -72,34 +118,15 @@ class Recipe:
 
     @property
     def chooses_tokens(self) -> bool:
-        """Whether some tokens of the prompt have quantizers of their own."""
         return isinstance(self.key, SplitTokens) or isinstance(self.value, SplitTokens)
 
     @property
     def key_bits(self) -> float:
-        """Nominal bits of keys."""
         return self.key.nominal_bits
 
     @property
     def value_bits(self) -> float:
-        """Nominal bits of values."""
         return self.value.nominal_bits
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from nested plain mappings whose quantizers name their class in `_target_`.
-
-        Raises:
-            RecipeError: a field is unknown, missing or has an impossible value.
-        """
-        recipe = _build({"_target_": f"{cls.__module__}.{cls.__qualname__}", **config}, "recipe")
-        if not isinstance(recipe, cls):
-            raise RecipeError(f"recipe: _target_ is {config['_target_']!r}; allowed: {cls.__module__}.{cls.__qualname__}")
-        return recipe
-
-    def to_config(self) -> dict[str, Any]:
-        """Return the recipe as nested plain mappings, defaults written out: what `from_config` reads."""
-        return _to_config(self)
 
 
 def recipe_names() -> list[str]:
@@ -107,7 +134,7 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPE_FOLDER.glob("*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path) -> Recipe:
+def load_recipe(name_or_path: str | Path) -> BaseRecipe:
     """Read a recipe by its name in configs/recipe, or by the path of a yaml file.
 
     Raises:
@@ -161,7 +188,7 @@ def _find_class(target: Any, path: str) -> type:
         found = getattr(importlib.import_module(module_name), class_name, None)
     except ModuleNotFoundError:
         found = None
-    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | TokenChooser | Recipe)):
+    if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | TokenChooser | BaseRecipe)):
         raise RecipeError(f"{path}: _target_ is {target!r}, which is not part of a recipe; allowed: {allowed}")
     return found
 

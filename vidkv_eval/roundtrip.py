@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from vidkv_eval.cache import Footprint, QuantizedCache
+from vidkv_eval.cache import Footprint
+from vidkv_eval.library_cache import cache_class
 from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.quant.marks import TokenMarks
-from vidkv_eval.recipe import Recipe, load_recipe
+from vidkv_eval.recipe import BaseRecipe, load_recipe
 
 SETTINGS = {
     "recipe": "NAME, or the path of a yaml file",
@@ -52,7 +53,7 @@ class Roundtrip:
 
 
 def roundtrip(
-    recipe: Recipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None, marks: TokenMarks | None = None
+    recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None, marks: TokenMarks | None = None
 ) -> Roundtrip:
     """Feed keys and values [B, H, T, D] through a cache: a prompt, then one token a call.
 
@@ -64,10 +65,11 @@ def roundtrip(
         marks: what is known about the tokens of each prompt, for recipes that choose tokens.
     Raises:
         ValueError: the states cannot be quantized, or the marks do not fit.
+        RecipeError: a package that the recipe needs is not installed.
     """
     total = key.shape[2]
     prompt = total if prompt_tokens is None else prompt_tokens
-    cache = QuantizedCache(recipe, 1)
+    cache = cache_class(recipe)(recipe, 1)
     cache.describe_prompt(Prompt((0,), marks and (marks,)))
     for start, stop in zip([0, *range(prompt, total)], range(prompt, total + 1), strict=True):
         cache.update(key[:, :, start:stop], value[:, :, start:stop], 0)
@@ -86,7 +88,7 @@ def run_roundtrip(settings: Mapping[str, str]) -> str:
         settings: by the names of `SETTINGS`; numbers as text.
     Raises:
         RoundtripError: a setting or an array does not fit.
-        RecipeError: the recipe does not exist or cannot be built.
+        RecipeError: the recipe does not exist or cannot be built, or needs a package that is not installed.
     """
     _check_names(settings)
     recipe = _with_settings(load_recipe(settings["recipe"]), settings)
@@ -160,7 +162,7 @@ def _whole_number(settings: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
-def _protected(recipe: Recipe, settings: Mapping[str, str]) -> TokenMarks | None:
+def _protected(recipe: BaseRecipe, settings: Mapping[str, str]) -> TokenMarks | None:
     path = settings.get("protected")
     if path is None:
         return None
@@ -177,7 +179,7 @@ def _protected(recipe: Recipe, settings: Mapping[str, str]) -> TokenMarks | None
     return TokenMarks(listed=torch.from_numpy(positions.astype(np.int64)))
 
 
-def _with_settings(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
+def _with_settings(recipe: BaseRecipe, settings: Mapping[str, str]) -> BaseRecipe:
     """Return the recipe with another group size and residual length, where given."""
     config = recipe.to_config()
     group_size, residual_length = (_whole_number(settings, name) for name in ("group_size", "residual_length"))
@@ -185,7 +187,7 @@ def _with_settings(recipe: Recipe, settings: Mapping[str, str]) -> Recipe:
         config = _with_group_size(config, group_size)
     if residual_length:
         config["residual_length"] = residual_length
-    return Recipe.from_config(config)
+    return BaseRecipe.from_config(config)
 
 
 def _with_group_size(config: Any, group_size: int) -> Any:
@@ -207,7 +209,7 @@ def _find(quantized: QuantizedStates, name: str) -> Iterator[torch.Tensor]:
         yield from _find(part, name)
 
 
-def _report(recipe: Recipe, states: Mapping[str, torch.Tensor], result: Roundtrip, prompt: int) -> str:
+def _report(recipe: BaseRecipe, states: Mapping[str, torch.Tensor], result: Roundtrip, prompt: int) -> str:
     batch, heads, total, _ = result.key.shape
     dtypes = " and ".join(str(states[name].dtype).removeprefix("torch.") for name in ("key", "value"))
     lines = [

@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vidkv_eval.cache import QuantizedCache, QuantizedLayer
 from vidkv_eval.prompt import Prompt
+from vidkv_eval.score_drop import put_note, read_note
 
 
 class RowLayer(CacheLayerMixin):
@@ -42,10 +43,15 @@ class RowLayer(CacheLayerMixin):
             return key_states, value_states
         total = self.get_seq_length() + key_states.shape[2]
         self._make_room(total, key_states)
+        drops = {}
         for index, row in enumerate(self.rows):
             if self.is_running[index]:
-                row.update(key_states[index : index + 1], value_states[index : index + 1])
-        return self._dense["key"][:, :, :total], self._dense["value"][:, :, :total]
+                seen, _ = row.update(key_states[index : index + 1], value_states[index : index + 1])
+                for drop in read_note(seen).values():
+                    drops[index] = drop
+        key = self._dense["key"][:, :, :total]
+        put_note(key, drops)
+        return key, self._dense["value"][:, :, :total]
 
     def _make_room(self, total: int, like: torch.Tensor) -> None:
         """Let the dense working copies of all rows lie in one tensor, so that a batch of them is a view."""

@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from vidkv_eval.attention import GROUPED
 from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.inject import injected
-from vidkv_eval.recipe import Recipe, load_recipe
+from vidkv_eval.library_cache import LibraryCache, make_cache
+from vidkv_eval.recipe import BaseRecipe, load_recipe
 
 
 class VidKVAdapter:
@@ -23,7 +24,7 @@ class VidKVAdapter:
 
     is_simple = False
     model_type: str
-    _recipe: Recipe | None = None
+    _recipe: BaseRecipe | None = None
     _cache_options: dict = {}
     _prepared: dict[Hashable, Any] | None = None
 
@@ -32,10 +33,12 @@ class VidKVAdapter:
         self._recipe = None if recipe is None else load_recipe(recipe)
         self._cache_options = {"storage_dtype": storage_dtype, "keep_dense": keep_dense}
 
-    def make_cache(self, recipe: Recipe, *, storage_dtype: str | None = None, keep_dense: bool = False) -> QuantizedCache:
-        """Build an empty cache for this model. Options as in `QuantizedCache`, the dtype by its name."""
+    def make_cache(
+        self, recipe: BaseRecipe, *, storage_dtype: str | None = None, keep_dense: bool = False
+    ) -> QuantizedCache | LibraryCache:
+        """Build an empty cache for this model. Options as in `library_cache.make_cache`, the dtype by its name."""
         dtype = None if storage_dtype is None else named_dtype(storage_dtype)
-        return QuantizedCache.for_model(self.model, recipe, storage_dtype=dtype, keep_dense=keep_dense)
+        return make_cache(self.model, recipe, storage_dtype=dtype, keep_dense=keep_dense)
 
     def generate_until(self, requests: Sequence) -> list:
         """Run the adapter's own loop over the requests."""

@@ -16,7 +16,7 @@ from vidkv_eval.frames import open_video
 from vidkv_eval.harness.results import Answer, Sample, Scores
 from vidkv_eval.harness.variables import environment_variables
 from vidkv_eval.inject import GenerateCall, GenerateFailed, PrefillMemo, injected, injected_rows
-from vidkv_eval.recipe import Recipe
+from vidkv_eval.recipe import BaseRecipe, RecipeError
 
 
 class Session:
@@ -72,7 +72,7 @@ class Session:
         adapter.task_dict[self._task.config.task] = self._task.dataset
         return adapter
 
-    def answer(self, sample_id: int, recipes: Sequence[Recipe], cache_options: dict) -> Iterator[Answer]:
+    def answer(self, sample_id: int, recipes: Sequence[BaseRecipe], cache_options: dict) -> Iterator[Answer]:
         """Answer one sample with each recipe in turn; each answer comes as soon as it is there.
 
         The video is read once, and the prefill of all recipes with `prefill: exact` is computed once. No text depends on which
@@ -87,6 +87,7 @@ class Session:
         Raises:
             VideoUnreadable: its video is missing or damaged.
             GenerateFailed: the model or the cache raised an error.
+            RecipeError: a recipe needs a package that is not installed.
         """
         sample = self.samples[sample_id]
         open_video(sample.video)
@@ -117,13 +118,13 @@ class Session:
             return score(self._task, texts, scratch=Path(self._scratch.name))
 
     def _answer_in_batches(
-        self, sample: Sample, recipes: list[Recipe], rows: int, prefill: PrefillMemo, options: dict
+        self, sample: Sample, recipes: list[BaseRecipe], rows: int, prefill: PrefillMemo, options: dict
     ) -> Iterator[Answer]:
         for start in range(0, len(recipes), rows):
             part = recipes[start : start + rows]
             try:
                 answers = self._answer_together(sample, part, rows, prefill, options)
-            except GenerateFailed:
+            except (GenerateFailed, RecipeError):
                 # Each by itself, so that the one that fails is the one that is blamed.
                 for recipe in part:
                     yield from self._answer_together(sample, [recipe], rows, prefill, options)
@@ -131,7 +132,7 @@ class Session:
                 yield from answers
 
     def _answer_together(
-        self, sample: Sample, recipes: Sequence[Recipe], rows: int, prefill: PrefillMemo, options: dict
+        self, sample: Sample, recipes: Sequence[BaseRecipe], rows: int, prefill: PrefillMemo, options: dict
     ) -> list[Answer]:
         filled = [*recipes, *[recipes[0]] * (rows - len(recipes))]
         caches = [self.adapter.make_cache(recipe, **options) for recipe in filled]
@@ -141,7 +142,7 @@ class Session:
         share = (time.perf_counter() - started) / len(answers)
         return [dataclasses.replace(answer, seconds=share) for answer in answers]
 
-    def _answer(self, sample: Sample, recipe: Recipe, calls: list[GenerateCall]) -> Answer:
+    def _answer(self, sample: Sample, recipe: BaseRecipe, calls: list[GenerateCall]) -> Answer:
         """Ask the adapter; `calls` is the log of whoever injects the cache."""
         config = self._task.config
         metadata = {"task": config.task, "split": config.test_split, "doc_id": sample.id, "repeats": 1}

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from vidkv_eval.cache import QuantizedCache
+from vidkv_eval.library_cache import make_cache
 from vidkv_eval.mini.facts import fact_share
 from vidkv_eval.mini.render import imitate_h264, render, scene_array
 from vidkv_eval.mini.scenes import QUESTION_KINDS, ask, describe, sample_scene
@@ -55,7 +55,7 @@ def score_recipes(
                 part = pairs[start : start + batch]
                 asked = [prompt if task == "description" else MOVIECHAT_PROMPT + prompt for prompt, _ in part]
                 inputs = _inputs(model, family, tokenizer, prompts, frames[start : start + batch].to(device), asked)
-                cache = QuantizedCache.for_model(model, recipe, storage_dtype=torch.float16, keep_dense=True)
+                cache = make_cache(model, recipe, storage_dtype=torch.float16, keep_dense=True)
                 out = model.generate(**inputs, past_key_values=cache, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
                 answers = tokenizer.decode_batch(out[:, inputs["input_ids"].shape[1] :].tolist())
                 shares += [fact_share(prompt, truth, answer) for (prompt, truth), answer in zip(part, answers, strict=True)]
