@@ -9,7 +9,9 @@ import numpy as np
 import torch
 
 from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.quant.released import HalfGrouped, ReleasedKeys
+from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe, load_recipe
 from vidkv_eval.roundtrip import roundtrip
 
@@ -22,9 +24,10 @@ RECIPES = {
     "vlm_k1_v1": "vidkv_k100_v100_released",
     "lm_2_kc_vc": "vidkv_k200_v200_released",
     "lm_2_kc_vt": "kivi_k2_v2_released",
+    "stp_k1.5_v1.58": "vidkv_k150_v166_released",
 }
 SAME_AS = {
-    "key": {"lm_2_kc_vt": "lm_2_kc_vc"},
+    "key": {"lm_2_kc_vt": "lm_2_kc_vc", "stp_k1.5_v1.58": "vlm_k1.5_v1.58"},
     "value": {"vlm_k1.25_v1.58": "vlm_k1.5_v1.58", "vlm_k1.75_v1.58": "vlm_k1.5_v1.58"},
 }
 # Tolerances of the vectors for arithmetic that rounds each operation to float16.
@@ -73,7 +76,11 @@ def _stored(golden: Golden, setting: str, recipe: Recipe) -> Iterator[tuple[str,
     for side in ("key", "value"):
         quantizer: Quantizer = getattr(recipe, side)
         states = golden.arrays[side]
-        quantized = quantizer.quantize(states[:, :, : states.shape[2] - states.shape[2] % quantizer.block])
+        states = states[:, :, : states.shape[2] - states.shape[2] % quantizer.block]
+        if isinstance(quantizer, SplitTokens):
+            yield from _stored_by_token(golden, setting, quantizer, states)
+            continue
+        quantized = quantizer.quantize(states)
         groups: Mapping[str, tuple[HalfGrouped, QuantizedStates]] = {"": (quantizer, quantized)}
         if isinstance(quantizer, ReleasedKeys):
             yield "channels", _differing(quantized.static["wide_channels"][0], golden.find(setting, "anomalous")), 0
@@ -94,15 +101,27 @@ def _stored(golden: Golden, setting: str, recipe: Recipe) -> Iterator[tuple[str,
                     yield f"{side}{end} {name}", relative, SPECTRUM_SCALE if end else 0
 
 
+def _stored_by_token(golden: Golden, setting: str, quantizer: SplitTokens, states: torch.Tensor) -> Iterator[tuple[str, float, float]]:
+    """Compare values of which some tokens are protected."""
+    quantized = quantizer.quantize(states, like=quantizer.choice(golden.arrays["protected"][None], states.shape[-1]))
+    protected, rest = quantized.parts["chosen"], quantized.parts["other"]
+    yield "value protected codes", _differing(quantizer.chosen.codes(protected)[0], golden.find(setting, "value_protected_code")), 0
+    for name, tensor in (("scale", protected.tensors["scale"]), ("min", protected.tensors["minimum"])):
+        expected = golden.find(setting, f"value_protected_{name}")
+        yield f"value protected {name}", (tensor[0].float() - expected.float()).abs().max(), 0
+    yield "value rest codes", _differing(quantizer.other.codes(rest)[0], golden.find(setting, "value_rest_code")), 0
+
+
 def _read(golden: Golden, setting: str, recipe: Recipe) -> Iterator[tuple[str, float, float]]:
     """Compare what attention reads after the first step and, where it is known, after the last."""
     prompt = golden.arrays["key"].shape[2]
     for moment in ("first", "last"):
         last = moment == "last"
         expected_key, expected_value = (golden.find(setting, f"{side}_{moment}") for side in ("key", "value"))
-        if expected_key is None:
+        if expected_key is None or expected_value is None:
             continue
-        result = roundtrip(recipe, golden.inputs("key", last), golden.inputs("value", last), prompt)
+        marks = TokenMarks(listed=golden.arrays["protected"]) if recipe.chooses_tokens else None
+        result = roundtrip(recipe, golden.inputs("key", last), golden.inputs("value", last), prompt, marks)
         yield f"value, {moment}", (result.value.float() - expected_value.float()).abs().max(), 0
         easy = torch.zeros(expected_key.shape[-1], dtype=torch.bool)
         if isinstance(recipe.key, ReleasedKeys):

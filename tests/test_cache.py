@@ -17,8 +17,10 @@ from transformers import (
 )
 
 from vidkv_eval.cache import Footprint, QuantizedCache
+from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.identity import Identity
+from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.recipe import Recipe, load_recipe
 
 LAYERS, HEADS, WIDTH, VOCABULARY = 2, 2, 32, 97
@@ -70,8 +72,13 @@ def make_states(length, batch=1, seed=0, dtype=torch.float32):
     return tuple(torch.randn(batch, HEADS, length, WIDTH, generator=generator).to(dtype) for _ in range(2))
 
 
-def one_layer_cache(name=KIVI, **options):
-    return QuantizedCache(load_recipe(name), 1, **options)
+def one_layer_cache(recipe=KIVI, **options):
+    """A cache that is told that tokens 3 to 63 of its prompt are visual, in case its recipe chooses among them."""
+    cache = QuantizedCache(load_recipe(recipe) if isinstance(recipe, str) else recipe, 1, **options)
+    visual = torch.zeros(1000, dtype=torch.bool)
+    visual[3:64] = True
+    cache.describe_prompt(Prompt((0,), (TokenMarks(visual, torch.linspace(0, 1, 1000).cos()),)))
+    return cache
 
 
 def cache_for(model, name, **options):
@@ -136,7 +143,7 @@ def test_dense_working_copy_changes_nothing(qwen2, name):
 @pytest.mark.parametrize("flush", ["append", "requantize"])
 def test_dense_working_copy_shows_the_same_states(name, flush):
     recipe = dataclasses.replace(load_recipe(name), flush=flush)
-    plain, dense = QuantizedCache(recipe, 1), QuantizedCache(recipe, 1, keep_dense=True)
+    plain, dense = one_layer_cache(recipe), one_layer_cache(recipe, keep_dense=True)
     states = make_states(500, batch=2)
     for start, stop in [(0, 70), (70, 71), (71, 330), (330, 331), (331, 420), (420, 421)]:
         for expected, found in zip(feed(plain, states, start, stop), feed(dense, states, start, stop), strict=True):
@@ -501,3 +508,89 @@ def test_models_without_attention_in_a_layer_are_refused():
     config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(ValueError, match="layers of type linear_attention; QuantizedCache serves full_attention, sliding_attention"):
         QuantizedCache.for_model(SimpleNamespace(config=config), load_recipe(KIVI))
+
+
+# Assisted decoding
+
+
+@pytest.mark.parametrize("name", [FP16, KIVI, VIDKV])
+def test_assisted_decoding_crops_what_was_guessed_wrong(qwen2, name):
+    input_ids = prompt(90)
+    guesses = {"prompt_lookup_num_tokens": 6, "max_matching_ngram_size": 1}
+    cropped = []
+    cache = QuantizedCache.for_model(qwen2, load_recipe(name), keep_newest=7)
+    plain_crop = cache.crop
+    cache.crop = lambda tokens: cropped.append(tokens) or plain_crop(tokens)
+    found = qwen2.generate(input_ids, past_key_values=cache, do_sample=False, max_new_tokens=70, **guesses)
+    assert min(cropped) < 0
+    assert cache.get_seq_length() == found.shape[1] - 1
+    if name == FP16:
+        assert torch.equal(found, generate(qwen2, input_ids, new_tokens=70)[0])
+    assert cache.footprint().key_elements == LAYERS * HEADS * WIDTH * (found.shape[1] - 1)
+
+
+def test_tokens_that_were_cropped_leave_no_trace():
+    states = make_states(400, seed=3)
+    caches = [one_layer_cache(keep_newest=7) for _ in range(2)]
+    for start, stop in [(0, 100), (100, 220), (220, 263)]:
+        for cache in caches:
+            feed(cache, states, start, stop)
+        feed(caches[1], make_states(6, seed=stop), 0, 6)
+        caches[1].crop(-6)
+    for expected, seen in zip(*(feed(cache, states, 263, 264) for cache in caches), strict=True):
+        assert torch.equal(seen, expected)
+
+
+def test_crop_says_what_to_do_when_the_tokens_are_already_quantized(qwen2):
+    cache = QuantizedCache.for_model(qwen2, load_recipe(KIVI))
+    with pytest.raises(ValueError, match="keep_newest=6 or more, as assisted decoding needs it"):
+        feed(cache, make_states(96), 0, 96)
+        cache.layers[0].crop(-6)
+
+
+@pytest.mark.parametrize("bad", [-1, 1.5, None])
+def test_keep_newest_is_a_number_of_tokens(bad):
+    with pytest.raises(ValueError, match="keep_newest is .*; allowed: integers from 0"):
+        one_layer_cache(keep_newest=bad)
+
+
+@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+def test_the_newest_tokens_stay_exact_through_every_flush(name):
+    recipe, states = load_recipe(name), make_states(400, dtype=torch.float16)
+    cache = one_layer_cache(name, keep_newest=9)
+    cuts = [100, 101, 230, 231, 240, 360, 361, 399, 400]
+    for start, stop in zip([0, *cuts], cuts, strict=False):
+        for seen, exact in zip(feed(cache, states, start, stop), states, strict=True):
+            newest = max(0, start - 9)
+            assert torch.equal(seen[:, :, newest:], exact[:, :, newest:stop])
+    if recipe.key.nominal_bits < 16:
+        assert not torch.equal(seen[:, :, :380], states[1][:, :, :380])
+
+
+# Nothing in full precision is read that is not stored
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if name != FP16])
+@pytest.mark.parametrize("keep_newest", [0, 5])
+def test_nothing_reads_full_precision_states_again_or_rooms_that_are_not_filled(name, keep_newest):
+    states = make_states(500, dtype=torch.float16)
+    caches = [one_layer_cache(name, keep_newest=keep_newest) for _ in range(2)]
+    for start, stop in [(0, 70), (70, 71), (71, 330), (330, 331), (331, 420), (420, 421)]:
+        given = tuple(tensor[:, :, start:stop].clone() for tensor in states)
+        expected = feed(caches[0], states, start, stop)
+        found = tuple(tensor.clone() for tensor in caches[1].update(*given, 0))
+        for seen, exact in zip(found, expected, strict=True):
+            assert torch.equal(seen, exact)
+        for tensor in given:
+            tensor.fill_(float("nan"))
+        for stored in caches[1].layers[0].stored.values():
+            stored._residual_buffer[:, :, stored.residual.shape[2] :] = float("nan")
+            poison_spare_room(stored._history)
+
+
+def poison_spare_room(growing):
+    """Fill what lies behind the stored tensors, in this form and its parts, with NaN or the largest code."""
+    for name, buffer in growing._buffers.items():
+        buffer[:, :, growing._used[name] :] = float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max
+    for part in growing._parts.values():
+        poison_spare_room(part)

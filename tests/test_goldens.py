@@ -17,6 +17,7 @@ SPEC.loader.exec_module(goldens)
 PARTS = {
     "vlm": {"channels", "key codes", "key scale", "key min", "key_sign codes", "key_sign scale", "value codes"},
     "lm": {"key codes", "key scale", "key min", "value codes", "value scale", "value min"},
+    "stp": {"channels", "value protected codes", "value protected scale", "value protected min", "value rest codes"},
 }
 every_setting = pytest.mark.parametrize("setting", goldens.RECIPES)
 
@@ -30,7 +31,7 @@ def test_nothing_deviates_more_than_the_vectors_allow(case, setting):
     missing = {"key codes", "key scale", "key min"} if setting == "vlm_k1_v1" else set()
     assert PARTS[setting.split("_")[0]] - missing <= compared
     assert {"value, first", "key, exact tokens, first"} <= compared
-    if case != "case_c" and setting in ("vlm_k1.5_v1.58", "lm_2_kc_vc", "lm_2_kc_vt"):
+    if case != "case_c" and setting in ("vlm_k1.5_v1.58", "stp_k1.5_v1.58", "lm_2_kc_vc", "lm_2_kc_vt"):
         assert {"value, last", "key, wide channels, last", "key, exact tokens, last"} <= compared
 
 
@@ -58,8 +59,11 @@ def test_roundtrip_command_on_golden_inputs_writes_golden_outputs(setting, momen
     expected = {side: golden.find(setting, f"{side}_{moment}") for side in ("key", "value")}
     inputs = {side: golden.inputs(side, moment == "last").numpy() for side in ("key", "value")}
     np.savez(tmp_path / "in.npz", **inputs)
-    recipe = goldens.RECIPES[setting]
-    assert cli.main(["roundtrip", f"recipe={recipe}", f"states={tmp_path}/in.npz", f"out={tmp_path}/out.npz", "prompt_tokens=101"]) == 0
+    arguments = [f"recipe={goldens.RECIPES[setting]}", f"states={tmp_path}/in.npz", f"out={tmp_path}/out.npz", "prompt_tokens=101"]
+    if setting.startswith("stp"):
+        np.save(tmp_path / "protected.npy", golden.arrays["protected"].numpy())
+        arguments.append(f"protected={tmp_path}/protected.npy")
+    assert cli.main(["roundtrip", *arguments]) == 0
     with np.load(tmp_path / "out.npz") as file:
         found = {name: file[name] for name in file.files}
     for side in ("key", "value"):

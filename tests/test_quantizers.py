@@ -4,15 +4,20 @@ import pytest
 import torch
 
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.centred import Centred
+from vidkv_eval.quant.fitted import Fitted
 from vidkv_eval.quant.grouping import group, ungroup
 from vidkv_eval.quant.growing import GrowingStates
+from vidkv_eval.quant.hadamard import Hadamard
 from vidkv_eval.quant.identity import Identity
+from vidkv_eval.quant.metadata import MetadataWriter
 from vidkv_eval.quant.quantile import Quantile
 from vidkv_eval.quant.segment import Segment
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.ternary import Ternary
+from vidkv_kernels.layouts import LAYOUTS
 from vidkv_kernels.packing import CODES_PER_BYTE, pack, unpack
 
 PER_CHANNEL, PER_TOKEN = "per_channel", "per_token"
@@ -108,9 +113,53 @@ def test_quantile_0_is_1_bit_between_minimum_and_maximum():
 @pytest.mark.parametrize("tau", [0.05, 0.2, 0.25, 0.4])
 def test_levels_are_the_quantiles_of_torch(tau):
     groups = torch.randn(1, 2, 3, 4, 32)
-    _, metadata = Quantile(tau, PER_CHANNEL, 32).encode(groups)
+    write = MetadataWriter("float16", None)
+    Quantile(tau, PER_CHANNEL, 32).encode(groups, write)
     for name, share in (("low", tau), ("high", 1 - tau)):
-        assert torch.equal(metadata[name], groups.quantile(share, dim=-1).half())
+        assert torch.equal(write.tensors[name], groups.quantile(share, dim=-1).half())
+
+
+def fit_in_words(values, levels, emphasis, rounds):
+    """Levels of least weighted squared error for one group, one element at a time, metadata unrounded."""
+    mean = sum(values) / len(values)
+    deviation = (sum((x - mean) ** 2 for x in values) / len(values)) ** 0.5
+    weights = [max(abs(x - mean) / deviation, 0.05) ** emphasis for x in values]
+    low, high = min(values), max(values)
+    middle, scale, half = (low + high) / 2, (high - low) / (levels - 1), (levels - 1) / 2
+    for _ in range(rounds):
+        steps = [min(max(round((x - middle) / scale + half), 0), levels - 1) - half for x in values]
+        total = sum(weights)
+        mean_x = sum(w * x for w, x in zip(weights, values, strict=True)) / total
+        mean_s = sum(w * s for w, s in zip(weights, steps, strict=True)) / total
+        above = sum(w * (s - mean_s) * (x - mean_x) for w, s, x in zip(weights, steps, values, strict=True))
+        scale = above / sum(w * (s - mean_s) ** 2 for w, s in zip(weights, steps, strict=True))
+        middle = mean_x - scale * mean_s
+    steps = [min(max(round((x - middle) / scale + half), 0), levels - 1) - half for x in values]
+    middle = sum(w * (x - scale * s) for w, x, s in zip(weights, values, steps, strict=True)) / sum(weights)
+    return [middle + scale * (min(max(round((x - middle) / scale + half), 0), levels - 1) - half) for x in values]
+
+
+@pytest.mark.parametrize("levels", [2, 3, 4, 16])
+@pytest.mark.parametrize("emphasis", [0, 0.5, 1.0])
+def test_fitted_reads_back_what_a_fit_in_plain_words_does(levels, emphasis):
+    states = torch.randn(1, 1, 32, 8, generator=torch.Generator().manual_seed(levels))
+    found = read_back(Fitted(levels, emphasis, PER_CHANNEL, 32), states)
+    for channel in range(8):
+        expected = torch.tensor(fit_in_words(states[0, 0, :, channel].tolist(), levels, emphasis, 4))
+        # Metadata are rounded to float16, which can move an element that lies between two levels.
+        assert ((found[0, 0, :, channel] - expected).abs() > 4e-3).sum() <= 1
+
+
+def test_hadamard_is_the_product_with_the_matrix():
+    matrix = torch.ones(1, 1)
+    for _ in range(4):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
+    states = torch.randn(2, 3, 8, 16)
+    stored = Hadamard(Identity()).quantize(states).parts["inner"].tensors["states"]
+    torch.testing.assert_close(stored, states @ matrix / 4)
+    torch.testing.assert_close(read_back(Hadamard(Identity()), states), states)
+    with pytest.raises(ValueError, match="12 channels; allowed: powers of two"):
+        Hadamard(Identity()).quantize(torch.zeros(1, 1, 1, 12))
 
 
 # Properties
@@ -145,6 +194,138 @@ def test_unpack_inverts_pack_and_fills_bytes(code_count, count):
     assert packed.dtype == torch.uint8
     assert packed.shape[-1] == -(-count // CODES_PER_BYTE[code_count])
     assert torch.equal(unpack(packed, code_count, count), codes)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("code_count", CODES_PER_BYTE)
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 32)])
+def test_every_layout_inverts_itself_block_by_block(layout, code_count, size):
+    codes = torch.randint(code_count, (2, 3, 4, *size), dtype=torch.uint8)
+    packed = LAYOUTS[layout].pack(codes, code_count)
+    assert (packed.dtype, packed.shape[:3]) == (torch.uint8, codes.shape[:3])
+    assert torch.equal(LAYOUTS[layout].unpack(packed, code_count, *size), codes)
+    assert torch.equal(LAYOUTS[layout].unpack(packed[1:, :, 2:3], code_count, *size), codes[1:, :, 2:3])
+
+
+@pytest.mark.parametrize(("layout", "nbytes"), [("capacity", 8 * 103), ("fields", 8 * 128), ("planes", 8 * 128)])
+def test_ternary_layouts_read_back_the_same_from_other_bytes(layout, nbytes):
+    states = torch.randn(1, 2, 128, 16)
+    stored = Ternary(0.7, False, PER_CHANNEL, 32, layout).quantize(states)
+    assert stored.nbytes == nbytes
+    expected = read_back(Ternary(0.7, False, PER_CHANNEL, 32), states)
+    assert torch.equal(read_back(Ternary(0.7, False, PER_CHANNEL, 32, layout), states), expected)
+
+
+def test_float8_metadata_take_half_the_bytes_and_one_unit_for_each_head():
+    states = torch.randn(2, 3, 64, 16)
+    half, eighth = (Affine(2, PER_CHANNEL, 32, metadata=metadata).quantize(states).nbytes for metadata in ("float16", "float8"))
+    assert half - eighth == 2 * 3 * (2 * 16 * 2 - 2 * 2)
+
+
+@pytest.mark.parametrize("granularity", [PER_CHANNEL, PER_TOKEN])
+def test_float8_metadata_are_within_a_sixteenth_of_float16_metadata(granularity):
+    states = torch.randn(2, 3, 64, 64) * torch.logspace(-1.5, 1.5, 64)
+    wide, narrow = (MetadataWriter(metadata, None) for metadata in ("float16", "float8"))
+    values = group(states, granularity, 32).amax(-1)
+    torch.testing.assert_close(narrow("scale", values), wide("scale", values), rtol=1 / 16 + 2**-10, atol=0)
+
+
+def test_codes_are_chosen_for_the_float8_metadata_that_reading_will_find():
+    states = torch.randn(1, 1, 32, 64) * 3
+    quantizer = Affine(2, PER_CHANNEL, 32, metadata="float8")
+    stored = quantizer.quantize(states)
+    scale, minimum = (stored.tensors[name].float().view(64, 1) * stored.static[f"{name}_unit"].item() / 64 for name in ("scale", "minimum"))
+    levels = minimum + scale * torch.arange(4)  # [channel, level]
+    nearest = (states.view(32, 64, 1) - levels).abs().argmin(-1)
+    assert torch.equal(quantizer.dequantize(stored, torch.float32).view(32, 64), levels.gather(1, nearest.T).T)
+
+
+def test_float8_metadata_keep_the_unit_of_the_first_tokens_and_refuse_seven_times_it():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 4, metadata="float8")
+    first = quantizer.quantize(torch.full((1, 1, 4, 2), 0.5))
+    later = quantizer.quantize(torch.full((1, 1, 4, 2), 3.5), like=first)
+    assert first.static["scale_unit"].tolist() == [[0.5]]
+    both = GrowingStates(first)
+    both.append(later)
+    assert quantizer.dequantize(both.states, torch.float32)[0, 0, :, 0].tolist() == [0.5] * 4 + [3.5] * 4
+    with pytest.raises(OverflowError, match="a scale of 8 times the largest of the first tokens; float8 metadata holds at most 7 times"):
+        quantizer.quantize(torch.full((1, 1, 4, 2), 4.0), like=first)
+
+
+def test_float8_metadata_of_a_head_of_zeros_have_the_unit_1():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 4, metadata="float8")
+    first = quantizer.quantize(torch.zeros(1, 1, 4, 2))
+    assert first.static["scale_unit"].tolist() == [[1.0]]
+    assert (quantizer.dequantize(first, torch.float32) == 0).all()
+
+
+def test_fitted_levels_have_less_error_than_minimum_and_maximum():
+    states = torch.randn(1, 2, 256, 16)
+    for levels, nbits in ((4, 2), (16, 4)):
+        fitted, spread = Fitted(levels, 0, PER_CHANNEL, 32), Affine(nbits, PER_CHANNEL, 32)
+        assert (read_back(fitted, states) - states).norm() < 0.98 * (read_back(spread, states) - states).norm()
+
+
+def test_emphasis_reads_the_extreme_element_of_a_group_back_better():
+    states = torch.randn(1, 1, 32, 64)
+    states[:, :, 7] *= 4
+    errors = [(read_back(Fitted(3, emphasis, PER_CHANNEL, 32), states) - states)[:, :, 7].norm() for emphasis in (0, 0.5, 1.0)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_constant_far_from_zero_costs_neither_centred_nor_uint4_quantizers_accuracy():
+    states = torch.randn(1, 2, 128, 16)
+    bias = torch.zeros(16)
+    bias[3], bias[11] = 700, -300
+    for quantizer in (Fitted(3, 1.0, PER_CHANNEL, 32, metadata="uint4"), Centred(Affine(2, PER_CHANNEL, 32, metadata="float8"))):
+        plain = (read_back(quantizer, states) - states).norm()
+        assert (read_back(quantizer, states + bias) - states - bias).norm() < 1.05 * plain
+    uncentred = Affine(2, PER_CHANNEL, 32, metadata="float8")
+    errors = [read_back(uncentred, states + offset) - states - offset for offset in (0, bias)]
+    assert errors[1][..., [3, 11]].norm() > 2 * errors[0][..., [3, 11]].norm()
+
+
+def test_uint4_metadata_take_half_a_byte_and_keep_the_steps_of_the_first_tokens():
+    quantizer = Fitted(3, 0, PER_CHANNEL, 32, metadata="uint4")
+    first = quantizer.quantize(torch.randn(2, 3, 64, 16))
+    assert {name: tuple(tensor.shape) for name, tensor in first.tensors.items() if name != "codes"} == {
+        "scale": (2, 3, 2, 8),
+        "middle": (2, 3, 2, 8),
+    }
+    assert set(first.static) == {"scale_step", "middle_centre", "middle_step"}
+    later = quantizer.quantize(torch.randn(2, 3, 32, 16) * 50, like=first)
+    assert all(torch.equal(first.static[name], later.static[name]) for name in first.static)
+
+
+def test_uint4_metadata_clip_what_later_tokens_need_beyond_the_first():
+    quantizer = Sign("plus_minus", PER_CHANNEL, 2, metadata="uint4")
+    first = quantizer.quantize(one_group(1.0, -1.0, 2.0, -2.0))
+    later = quantizer.quantize(one_group(1.0, -1.0, 30.0, -30.0), like=first)
+    largest = 15 * first.static["scale_step"].float().item()
+    assert quantizer.dequantize(later, torch.float32).flatten()[2:].tolist() == [largest, -largest]
+    assert largest == pytest.approx(2, rel=1e-3)
+
+
+def test_a_channel_constant_in_the_first_tokens_follows_later_ones_in_uint4_metadata():
+    quantizer = Fitted(4, 0, PER_CHANNEL, 32, metadata="uint4")
+    first, second = torch.randn(1, 1, 64, 4), torch.randn(1, 1, 32, 4) / 128
+    first[..., 2] = 5
+    second[..., 2] += 5
+    later = quantizer.quantize(second, like=quantizer.quantize(first))
+    error = (quantizer.dequantize(later, torch.float32) - second)[..., 2]
+    assert error.norm() < 0.5 * (second[..., 2] - 5).norm()
+
+
+def test_channels_are_chosen_for_each_head_if_asked():
+    states = torch.randn(2, 2, 8, 4)
+    for item, head, channel in ((0, 0, 3), (0, 1, 1), (1, 0, 0), (1, 1, 2)):
+        states[item, head, :, channel] *= 20
+    for select in ("range", "variance", "outlier"):
+        quantizer = SplitChannels(Affine(2, PER_CHANNEL, 4), SIGN_MEAN, fraction=0.25, select=select, per_head=True)
+        assert quantizer.quantize(states).static["wide_channels"].tolist() == [[[3], [1]], [[0], [2]]]
+        found = read_back(quantizer, states)
+        for head in range(2):
+            assert torch.equal(found[:, head : head + 1], read_back(quantizer, states[:, head : head + 1]))
 
 
 def test_affine_keeps_values_that_lie_on_its_levels():
@@ -187,8 +368,9 @@ def test_range_too_narrow_for_float16_reads_back_as_the_minimum():
 
 
 def test_constant_groups_get_codes_that_fit_their_bits():
-    codes, metadata = Affine(2, PER_CHANNEL, 4).encode(torch.full((1, 1, 1, 2, 4), 0.1))
-    assert (metadata["scale"] == 0).all()
+    write = MetadataWriter("float16", None)
+    codes = Affine(2, PER_CHANNEL, 4).encode(torch.full((1, 1, 1, 2, 4), 0.1), write)
+    assert (write.tensors["scale"] == 0).all()
     assert (codes == 0).all()
 
 
@@ -235,11 +417,20 @@ def test_channel_indices_are_counted():
         (lambda: Ternary(0.7, "yes", PER_CHANNEL, 32), "Ternary.scaled is 'yes'; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 1.5), "SplitChannels.fraction is 1.5; allowed: numbers from 0 to 1"),
         (lambda: SplitChannels(SIGN_ZERO, None, 0.5), "SplitChannels.normal is None; allowed: a quantizer"),
+        (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, per_head=1), "SplitChannels.per_head is 1; allowed: true, false"),
         (lambda: SplitChannels(SIGN_ZERO, SIGN_ZERO, 0.5, "width"), "SplitChannels.select is 'width'; allowed: range, variance, outlier"),
         (lambda: Quantile(0.5, PER_CHANNEL, 32), "Quantile.tau is 0.5; allowed: numbers from 0 to below 0.5"),
         (lambda: Segment(3), "Segment.nbits is 3; allowed: 1, 2, 4, 8"),
         (lambda: Segment(1, 0), "Segment.shrink is 0; allowed: numbers above 0 to 1"),
         (lambda: Spectral("sign"), "Spectral.inner is 'sign'; allowed: a quantizer"),
+        (lambda: Centred(2), "Centred.inner is 2; allowed: a quantizer"),
+        (lambda: Hadamard(None), "Hadamard.inner is None; allowed: a quantizer"),
+        (lambda: Fitted(5, 0, PER_CHANNEL, 32), "Fitted.levels is 5; allowed: 2, 3, 4, 16"),
+        (lambda: Fitted(3, -1, PER_CHANNEL, 32), "Fitted.emphasis is -1; allowed: numbers from 0"),
+        (
+            lambda: Fitted(3, 0, PER_TOKEN, 32, metadata="uint4"),
+            "Fitted.metadata is 'uint4'; allowed: float16, float8 (uint4 goes with per_channel, not with per_token)",
+        ),
     ],
 )
 def test_impossible_settings_name_the_field_and_what_is_allowed(make, message):
@@ -258,6 +449,35 @@ def test_affine_by_hand():
     # steps above the minimum: 0, 3, 1, 1.5, 2.5, 0.5, 2, 0; halves go to the even code
     assert unpack(quantized.tensors["codes"], 4, 8).flatten().tolist() == [0, 3, 1, 2, 2, 0, 2, 0]
     assert quantized.tensors["codes"].flatten().tolist() == [0 + 3 * 4 + 1 * 16 + 2 * 64, 2 + 0 * 4 + 2 * 16 + 0 * 64]
+
+
+def test_fitted_by_hand():
+    # From 0 and 10: scale 5, steps -1, -1, 0, 0, 0, 1. Least squares: the line through the means of the three levels' elements,
+    # with weights 2, 3, 1: steps -1 -> 1, 0 -> 5, 1 -> 10. Means: step -1/6, x 27/6; scale (8 + 4.5) / (17/6) = 75/17,
+    # middle 27/6 + scale/6 = 89.0/17. The same steps are nearest again.
+    scale, middle = 75 / 17, 89 / 17
+    found = read_back(Fitted(3, 0, PER_CHANNEL, 6), one_group(0, 2, 4, 5, 6, 10)).flatten()
+    expected = torch.tensor([middle - scale] * 2 + [middle] * 3 + [middle + scale])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+def test_centred_by_hand():
+    # means 2 and 100; sizes of the differences 1 and 4
+    states = torch.tensor([[1.0, 104], [3, 96], [1, 104], [3, 96]]).view(1, 1, 4, 2)
+    assert read_back(Centred(Sign("plus_minus", PER_CHANNEL, 4)), states).flatten().tolist() == states.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("layout", "expected"),
+    [
+        ("capacity", [0 + 1 * 3 + 2 * 9 + 2 * 27 + 1 * 81, 2]),
+        ("fields", [0 + 1 * 4 + 2 * 16 + 2 * 64, 1 + 2 * 4]),
+        ("planes", [0b010010, 0b101100]),
+    ],
+)
+def test_ternary_layouts_by_hand(layout, expected):
+    codes = torch.tensor([[0, 1], [2, 2], [1, 2]], dtype=torch.uint8).view(1, 1, 1, 3, 2)
+    assert LAYOUTS[layout].pack(codes, 3).flatten().tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 
 from vidkv_eval import cli
 from vidkv_eval.library_cache import LibraryCache
+from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import load_recipe
 from vidkv_eval.roundtrip import roundtrip
 
@@ -33,12 +34,17 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
-def test_every_recipe_reads_back_what_its_quantizers_do(name, files):
+def test_every_recipe_reads_back_what_its_quantizers_do(name, files, tmp_path):
     states, recipe = make_states(), load_recipe(name)
-    found = files[1](f"recipe={name}", "prompt_tokens=96", **states)
+    settings, protected = [], torch.arange(0, 96, 3)[None]
+    if recipe.chooses_tokens:
+        np.save(tmp_path / "protected.npy", protected[0].numpy())
+        settings = [f"protected={tmp_path}/protected.npy"]
+    found = files[1](f"recipe={name}", "prompt_tokens=96", *settings, **states)
     for side in ("key", "value"):
         quantizer, exact = getattr(recipe, side), torch.from_numpy(states[side])
-        history = quantizer.dequantize(quantizer.quantize(exact[:, :, :96]), torch.float16)
+        like = quantizer.choice(protected, WIDTH) if isinstance(quantizer, SplitTokens) else None
+        history = quantizer.dequantize(quantizer.quantize(exact[:, :, :96], like=like), torch.float16)
         assert found[side].dtype == np.float32
         assert np.array_equal(found[side], torch.cat([history, exact[:, :, 96:]], dim=2).float().numpy())
 
@@ -172,3 +178,24 @@ def test_a_single_array_is_no_npz(files, tmp_path, capsys):
         np.save(file, KEY)
     assert cli.main(["roundtrip", "recipe=fp16", *files[0]]) == 2
     assert "in.npz is not an npz file" in capsys.readouterr().err
+
+
+def test_protected_tokens_must_fit_the_recipe(files, tmp_path, capsys):
+    paths, run = files
+    run("recipe=fp16", **make_states())
+    stp = "recipe=vidkv_k150_v166_published"
+
+    def message(*settings):
+        assert cli.main(["roundtrip", *paths, *settings]) == 2
+        return capsys.readouterr().err
+
+    assert "Salient needs to know which of its tokens are visual" in message(stp) and "protected=" in message(stp)
+    assert "no such file" in message(stp, f"protected={tmp_path}/none.npy")
+    np.save(tmp_path / "half.npy", np.arange(16))
+    assert "16 listed tokens do not fit; allowed: a multiple of 32" in message(stp, f"protected={tmp_path}/half.npy")
+    np.save(tmp_path / "late.npy", np.arange(68, 100))
+    assert "positions below 96" in message(stp, f"protected={tmp_path}/late.npy")
+    np.save(tmp_path / "real.npy", np.linspace(0, 1, 32))
+    assert "does not hold one array of integers" in message(stp, f"protected={tmp_path}/real.npy")
+    np.save(tmp_path / "good.npy", np.arange(32))
+    assert "treats all tokens alike" in message("recipe=kivi_k2_v2", f"protected={tmp_path}/good.npy")

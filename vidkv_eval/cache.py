@@ -17,6 +17,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vidkv_eval.prompt import Prompt, watch
+from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
 from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
@@ -238,19 +239,45 @@ class QuantizedLayer(CacheLayerMixin):
     def _update_groups(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if len(self.groups) == 1 and not self.groups[0].padding:
             return self.groups[0].update(new_states)
-        total = self._tokens + new_states["key"].shape[2]
-        seen = {
-            name: states.new_zeros(*states.shape[:2], total, states.shape[3]) if self._tokens else states.clone()
+        seen = self._make_whole(new_states) if self._tokens else {name: states.clone() for name, states in new_states.items()}
+        for group in self.groups:
+            skipped = max(0, group.padding - self._tokens)
+            if skipped < new_states["key"].shape[2]:
+                found = group.update({name: states[group.rows, :, skipped:] for name, states in new_states.items()})
+                for name, states in found.items():
+                    self._put(seen[name], group, states)
+        return seen
+
+    def _make_whole(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return zeros for what is stored and for the new tokens of all sequences, [B, H, stored + T, D] by name."""
+        return {
+            name: states.new_zeros(*states.shape[:2], self._tokens + states.shape[2], states.shape[3])
             for name, states in new_states.items()
         }
+
+    @staticmethod
+    def _put(whole: torch.Tensor, group: SequenceGroup, states: torch.Tensor) -> None:
+        """Write the states of a group where its sequences are, at the end of the tokens."""
+        whole[group.rows, :, whole.shape[2] - states.shape[2] :] = states
+
+    def read(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what attention would see if these tokens came next, as `update` does, and store nothing.
+
+        Args:
+            key_states: [B, H, T, D], of which T may be 0.
+            value_states: [B, H, T, D].
+        """
+        new_states = {"key": key_states, "value": value_states}
+        seen = self._make_whole(new_states)
         for group in self.groups:
-            rows = torch.tensor(group.rows, device=self.device)
-            skipped = max(0, group.padding - self._tokens)
-            if skipped >= new_states["key"].shape[2]:
-                continue
-            for name, states in group.update({name: states[rows, :, skipped:] for name, states in new_states.items()}).items():
-                seen[name][rows, :, total - states.shape[2] :] = states
-        return seen
+            for name, states in new_states.items():
+                self._put(seen[name], group, group.stored[name].read(states[group.rows]))
+        return seen["key"], seen["value"]
+
+    def quantized(self, name: str) -> list[QuantizedStates]:
+        """Return the quantized history of keys or values (`name`), for each group of sequences that are stored together."""
+        found = (group.stored[name].quantized for group in self.groups if group.stored)
+        return [states for states in found if states is not None]
 
     def get_seq_length(self) -> int:
         """Return the number of tokens held, padding included."""

@@ -13,7 +13,9 @@ import torch
 
 from vidkv_eval.cache import Footprint
 from vidkv_eval.library_cache import cache_class
+from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.base import QuantizedStates
+from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.recipe import BaseRecipe, Recipe, load_recipe
 
 SETTINGS = {
@@ -23,6 +25,7 @@ SETTINGS = {
     "prompt_tokens": "tokens of the first call; default all",
     "group_size": "of every quantizer of the recipe; default as in the recipe",
     "residual_length": "default as in the recipe",
+    "protected": "FILE.npy with ascending positions [N] of the tokens that the recipe treats apart; needed if it chooses tokens of its own",
 }
 REQUIRED = ("recipe", "states", "out")
 
@@ -38,7 +41,8 @@ class Roundtrip:
     Attributes:
         key: [B, H, T, D] in the dtype of the keys given.
         value: as `key`.
-        wide_channels: ascending indices of the wide key channels, int64 [B, wide]; None if the recipe chooses none.
+        wide_channels: ascending indices of the wide key channels, int64 [B, wide], or [B, H, wide] if each head has its own; None
+            if the recipe chooses none.
         footprint: bytes stored and elements they stand for.
     """
 
@@ -48,7 +52,9 @@ class Roundtrip:
     footprint: Footprint
 
 
-def roundtrip(recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None) -> Roundtrip:
+def roundtrip(
+    recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt_tokens: int | None = None, marks: TokenMarks | None = None
+) -> Roundtrip:
     """Feed keys and values [B, H, T, D] through a cache: a prompt, then one token a call.
 
     Args:
@@ -56,26 +62,27 @@ def roundtrip(recipe: BaseRecipe, key: torch.Tensor, value: torch.Tensor, prompt
         key: keys as attention would see them.
         value: values.
         prompt_tokens: number of tokens of the first call, from 1; None means all.
+        marks: what is known about the tokens of each prompt, for recipes that choose tokens.
     Raises:
-        ValueError: the states cannot be quantized.
+        ValueError: the states cannot be quantized, or the marks do not fit.
         RecipeError: a package that the recipe needs is not installed.
     """
     total = key.shape[2]
     prompt = total if prompt_tokens is None else prompt_tokens
     cache = cache_class(recipe)(recipe, 1)
+    cache.describe_prompt(Prompt((0,), marks and (marks,)))
     for start, stop in zip([0, *range(prompt, total)], range(prompt, total + 1), strict=True):
         cache.update(key[:, :, start:stop], value[:, :, start:stop], 0)
-    stored = cache.layers[0].stored
-    read = {name: stored[name].read(states[:, :, :0]) for name, states in (("key", key), ("value", value))}
-    return Roundtrip(read["key"], read["value"], _wide_channels(stored["key"].quantized), cache.footprint())
+    read = cache.layers[0].read(key[:, :, :0], value[:, :, :0])
+    return Roundtrip(*read, _wide_channels(cache.layers[0].quantized("key")), cache.footprint())
 
 
 def run_roundtrip(settings: Mapping[str, str]) -> str:
     """Read states, quantize them, write what is read back, and return the report as text.
 
     The file written has `key` and `value`, float32 [B, H, T, D], and `wide_channels`, int64 [wide], or [B, wide] for
-    several sequences, if the recipe chooses channels. The residual is stored, and counted in effective bits, in the dtype of
-    the states: give float16 to see what a float16 model would store.
+    several sequences, if the recipe chooses channels ([H, wide] or [B, H, wide] if for each head). The residual is stored, and
+    counted in effective bits, in the dtype of the states: give float16 to see what a float16 model would store.
 
     Args:
         settings: by the names of `SETTINGS`; numbers as text.
@@ -90,8 +97,9 @@ def run_roundtrip(settings: Mapping[str, str]) -> str:
     prompt = _whole_number(settings, "prompt_tokens") or total
     if prompt > total:
         raise RoundtripError(f"prompt_tokens={prompt}, but there are {total} tokens; allowed: 1 to {total}")
+    marks = _protected(recipe, settings)
     try:
-        result = roundtrip(recipe, states["key"], states["value"], prompt)
+        result = roundtrip(recipe, states["key"], states["value"], prompt, marks)
     except ValueError as error:
         raise RoundtripError(f"{recipe.name} on {settings['states']}: {error}") from error
     arrays = {"key": result.key.float().numpy(), "value": result.value.float().numpy()}
@@ -154,6 +162,23 @@ def _whole_number(settings: Mapping[str, str], name: str) -> int | None:
     return int(text)
 
 
+def _protected(recipe: BaseRecipe, settings: Mapping[str, str]) -> TokenMarks | None:
+    path = settings.get("protected")
+    if path is None:
+        return None
+    if not recipe.chooses_tokens:
+        raise RoundtripError(f"protected={path}, but {recipe.name} treats all tokens alike; leave it out, or take another recipe")
+    try:
+        positions = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise RoundtripError(f"protected={path}: no such file") from error
+    except (OSError, ValueError, EOFError) as error:
+        raise RoundtripError(f"protected={path} is not an npy file with an array of positions") from error
+    if not isinstance(positions, np.ndarray) or positions.ndim != 1 or positions.dtype.kind not in "iu":
+        raise RoundtripError(f"protected={path} does not hold one array of integers [N]; allowed: positions of tokens, in ascending order")
+    return TokenMarks(listed=torch.from_numpy(positions.astype(np.int64)))
+
+
 def _with_settings(recipe: BaseRecipe, settings: Mapping[str, str]) -> BaseRecipe:
     """Return the recipe with another group size and residual length, where given."""
     config = recipe.to_config()
@@ -171,9 +196,10 @@ def _with_group_size(config: Any, group_size: int) -> Any:
     return {name: group_size if name == "group_size" else _with_group_size(value, group_size) for name, value in config.items()}
 
 
-def _wide_channels(quantized: Any) -> torch.Tensor | None:
-    found = list(_find(quantized, "wide_channels")) if isinstance(quantized, QuantizedStates) else []
-    return found[0].long() if found else None
+def _wide_channels(quantized: list[QuantizedStates]) -> torch.Tensor | None:
+    """Return the wide channels of all sequences, [B, wide]; None if the recipe chooses none."""
+    found = [next(_find(part, "wide_channels"), None) for part in quantized]
+    return torch.cat(found).long() if found and found[0] is not None else None
 
 
 def _find(quantized: QuantizedStates, name: str) -> Iterator[torch.Tensor]:

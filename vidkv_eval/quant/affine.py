@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from vidkv_eval.quant.base import impossible
-from vidkv_eval.quant.grouped import GroupedQuantizer, to_metadata
+from vidkv_eval.quant.grouped import GroupedQuantizer
 from vidkv_eval.quant.grouping import Granularity
+from vidkv_eval.quant.metadata import Metadata, MetadataWriter
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Affine(GroupedQuantizer):
     nbits: int
     granularity: Granularity
     group_size: int
+    layout: str = "capacity"
+    metadata: Metadata = "float16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,15 +42,13 @@ class Affine(GroupedQuantizer):
     def code_count(self) -> int:
         return 2**self.nbits
 
-    def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def encode(self, groups: torch.Tensor, write: MetadataWriter) -> torch.Tensor:
         low, high = groups.aminmax(dim=-1)
-        scale = to_metadata((high - low) / (self.code_count - 1))
-        minimum = to_metadata(low)
-        # Codes are chosen for the rounded metadata that decoding will use. A scale of zero (constant group, or too
-        # narrow for float16) makes every code worth the minimum, so any divisor will do.
-        divisor = torch.where(scale > 0, scale, 1).float().unsqueeze(-1)
-        codes = ((groups - minimum.float().unsqueeze(-1)) / divisor).round_().clamp_(0, self.code_count - 1)
-        return codes, {"scale": scale, "minimum": minimum}
+        scale = write("scale", (high - low) / (self.code_count - 1))
+        minimum = write("minimum", low)
+        # A scale of zero (constant group, or too narrow for its dtype) makes every code worth the minimum, so any divisor will do.
+        divisor = torch.where(scale > 0, scale, 1)
+        return ((groups - minimum) / divisor).round_().clamp_(0, self.code_count - 1)
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return codes * metadata["scale"] + metadata["minimum"]

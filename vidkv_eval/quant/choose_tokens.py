@@ -64,6 +64,8 @@ class Salient(TokenChooser):
 
     def choose(self, marks: TokenMarks, count: int, step: int) -> torch.Tensor:
         visual = _visual_positions(marks)
+        if not len(visual):
+            return visual
         if marks.saliency is None:
             raise LookupError("the saliency of its visual tokens")
         salience = marks.saliency[visual]

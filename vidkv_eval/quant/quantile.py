@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from vidkv_eval.quant.base import impossible
-from vidkv_eval.quant.grouped import GroupedQuantizer, to_metadata
+from vidkv_eval.quant.grouped import GroupedQuantizer
 from vidkv_eval.quant.grouping import Granularity
+from vidkv_eval.quant.metadata import Metadata, MetadataWriter
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Quantile(GroupedQuantizer):
     tau: float
     granularity: Granularity
     group_size: int
+    layout: str = "capacity"
+    metadata: Metadata = "float16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -41,12 +44,11 @@ class Quantile(GroupedQuantizer):
     def code_count(self) -> int:
         return 2
 
-    def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def encode(self, groups: torch.Tensor, write: MetadataWriter) -> torch.Tensor:
         ascending = groups.sort(dim=-1).values
-        low = to_metadata(self._quantile(ascending))
-        high = to_metadata(self._quantile(ascending.flip(-1)))
-        middle = (low.float() + high.float()).unsqueeze(-1) / 2
-        return groups > middle, {"low": low, "high": high}
+        low = write("low", self._quantile(ascending))
+        high = write("high", self._quantile(ascending.flip(-1)))
+        return (groups - high).abs() < (groups - low).abs()
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.where(codes > 0, metadata["high"], metadata["low"])

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 import torch
 
 from vidkv_eval.quant.base import impossible
-from vidkv_eval.quant.grouped import GroupedQuantizer, to_metadata
+from vidkv_eval.quant.grouped import GroupedQuantizer
 from vidkv_eval.quant.grouping import Granularity
+from vidkv_eval.quant.metadata import Metadata, MetadataWriter
 
 Levels = Literal["zero_scale", "plus_minus", "mean_plus_minus"]
 
@@ -29,6 +30,8 @@ class Sign(GroupedQuantizer):
     levels: Levels
     granularity: Granularity
     group_size: int
+    layout: str = "capacity"
+    metadata: Metadata = "float16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,13 +46,11 @@ class Sign(GroupedQuantizer):
     def code_count(self) -> int:
         return 2
 
-    def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        metadata = {}
+    def encode(self, groups: torch.Tensor, write: MetadataWriter) -> torch.Tensor:
         if self.levels == "mean_plus_minus":
-            metadata["mean"] = to_metadata(groups.mean(-1))
-            groups = groups - metadata["mean"].float().unsqueeze(-1)
-        metadata["scale"] = to_metadata(groups.abs().mean(-1))
-        return groups >= 0, metadata
+            groups = groups - write("mean", groups.mean(-1))
+        write("scale", groups.abs().mean(-1))
+        return groups >= 0
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.levels == "zero_scale":

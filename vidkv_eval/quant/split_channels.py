@@ -17,8 +17,9 @@ Select = Literal["range", "variance", "outlier"]
 class SplitChannels(Quantizer):
     """Mixed precision by channel.
 
-    One set of wide channels per sequence, shared by its heads, chosen over its heads and tokens, and kept when later
-    tokens are appended. Source: arXiv:2503.16257, section on mixed-precision keys; its code chooses over the batch.
+    One set of wide channels per sequence, shared by its heads, or one per head; chosen over the tokens of the sequence or
+    head, and kept when later tokens are appended. Source: arXiv:2503.16257, section on mixed-precision keys; its code chooses
+    over the batch.
 
     Attributes:
         wide: quantizer of the int(C * fraction) widest channels, taken in ascending order.
@@ -26,10 +27,11 @@ class SplitChannels(Quantizer):
         fraction: share of wide channels, 0 to 1.
         select: how the width of a channel is measured:
             range: largest minus smallest value;
-            variance: variance over heads and tokens;
+            variance: variance over tokens (and heads);
             outlier: number of values larger than `outlier_factor` times the mean of |x| over all channels. This is one
             reading of the paper, which says "above M times the mean" without saying which mean.
         outlier_factor: see `select`; M = 3 in the paper.
+        per_head: each head has a channel set of its own.
     """
 
     wide: Quantizer
@@ -37,6 +39,7 @@ class SplitChannels(Quantizer):
     fraction: float
     select: Select = "range"
     outlier_factor: float = 3.0
+    per_head: bool = False
 
     def __post_init__(self) -> None:
         if type(self.fraction) not in (int, float) or not 0 <= self.fraction <= 1:
@@ -49,6 +52,8 @@ class SplitChannels(Quantizer):
             raise impossible(self, "select", self.select, ", ".join(get_args(Select)))
         if type(self.outlier_factor) not in (int, float) or not 0 < self.outlier_factor < math.inf:
             raise impossible(self, "outlier_factor", self.outlier_factor, "numbers above 0")
+        if type(self.per_head) is not bool:
+            raise impossible(self, "per_head", self.per_head, "true, false")
 
     @property
     def block(self) -> int:
@@ -79,28 +84,31 @@ class SplitChannels(Quantizer):
         return _take_channels(ordered, order.argsort(dim=-1))
 
     def _choose(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the ascending indices of the wide channels, [B, int(C * fraction)]."""
+        """Return the ascending indices of the wide channels, [B, int(C * fraction)], or [B, H, int(C * fraction)] per head."""
         channels = states.shape[-1]
         width = self._width(states.float())
         # A stable sort, so that equal widths are taken in channel order on every device.
-        widest = width.sort(dim=-1, descending=True, stable=True).indices[:, : int(channels * self.fraction)]
+        widest = width.sort(dim=-1, descending=True, stable=True).indices[..., : int(channels * self.fraction)]
         return widest.sort(dim=-1).values.to(torch.uint8 if channels <= 256 else torch.int16)
 
     def _width(self, states: torch.Tensor) -> torch.Tensor:
-        """Measure channels: [B, H, T, C] to [B, C]."""
+        """Measure channels: [B, H, T, C] to [B, C], or [B, H, C] per head."""
+        shared = (2,) if self.per_head else (1, 2)
         if self.select == "range":
-            return states.amax(dim=(1, 2)) - states.amin(dim=(1, 2))
+            return states.amax(dim=shared) - states.amin(dim=shared)
         if self.select == "variance":
-            return states.var(dim=(1, 2), correction=0)
+            return states.var(dim=shared, correction=0)
         sizes = states.abs()
-        return (sizes > self.outlier_factor * sizes.mean(dim=(1, 2, 3), keepdim=True)).sum(dim=(1, 2))
+        return (sizes > self.outlier_factor * sizes.mean(dim=(*shared, 3), keepdim=True)).sum(dim=shared)
 
 
 def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return all channels, wide ones first and both kinds ascending: [B, wide] to [B, C]."""
-    is_normal = torch.ones(wide_channels.shape[0], channels, dtype=torch.uint8, device=wide_channels.device)
-    return is_normal.scatter_(1, wide_channels.long(), 0).argsort(dim=-1, stable=True)
+    """Return all channels, wide ones first and both kinds ascending: [..., wide] to [..., C]."""
+    is_normal = torch.ones(*wide_channels.shape[:-1], channels, dtype=torch.uint8, device=wide_channels.device)
+    return is_normal.scatter_(-1, wide_channels.long(), 0).argsort(dim=-1, stable=True)
 
 
 def _take_channels(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    return states.gather(-1, order[:, None, None, :].expand(states.shape))
+    """Return states [B, H, T, C] with channels in the order [B, C] or [B, H, C]."""
+    heads = order if order.dim() == 3 else order.unsqueeze(1)
+    return states.gather(-1, heads.unsqueeze(2).expand(states.shape))

@@ -65,7 +65,7 @@ class SplitTokens(Quantizer):
             except LookupError as error:
                 raise ValueError(
                     f"{type(self.choose).__name__} needs to know {error.args[0]}: make the cache with QuantizedCache.for_model, which "
-                    "watches the model, or call its describe_prompt"
+                    "watches the model, or call its describe_prompt (with vidkv roundtrip: protected=FILE.npy)"
                 ) from error
         listed = marks.listed
         ascending = bool((listed[1:] > listed[:-1]).all())

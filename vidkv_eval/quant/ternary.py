@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from vidkv_eval.quant.base import impossible
-from vidkv_eval.quant.grouped import GroupedQuantizer, to_metadata
+from vidkv_eval.quant.grouped import GroupedQuantizer
 from vidkv_eval.quant.grouping import Granularity
+from vidkv_eval.quant.metadata import Metadata, MetadataWriter
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class Ternary(GroupedQuantizer):
     scaled: bool
     granularity: Granularity
     group_size: int
+    layout: str = "capacity"
+    metadata: Metadata = "float16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,13 +51,12 @@ class Ternary(GroupedQuantizer):
     def is_scaled(self) -> bool:
         return self.scaled
 
-    def encode(self, groups: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def encode(self, groups: torch.Tensor, write: MetadataWriter) -> torch.Tensor:
         sizes = groups.abs()
         non_zero = sizes > self.threshold * sizes.mean(-1, keepdim=True)
-        codes = 1 + torch.sign(groups) * non_zero
-        if not self.scaled:
-            return codes, {}
-        return codes, {"scale": to_metadata((sizes * non_zero).sum(-1) / non_zero.sum(-1).clamp(min=1))}
+        if self.scaled:
+            write("scale", (sizes * non_zero).sum(-1) / non_zero.sum(-1).clamp(min=1))
+        return 1 + torch.sign(groups) * non_zero
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         signs = codes - 1
