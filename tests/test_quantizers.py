@@ -99,6 +99,26 @@ def test_split_without_wide_or_without_normal_channels_is_the_other_quantizer():
     assert torch.equal(read_back(SplitChannels(wide, None, fraction=1), states), read_back(wide, states))
 
 
+@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
+def test_a_whole_segment_is_one_min_max_group_for_each_channel(nbits):
+    states = torch.randn(2, 3, 24, 5)
+    assert torch.equal(read_back(Segment(nbits), states), read_back(Affine(nbits, PER_CHANNEL, 24), states))
+
+
+def test_quantile_0_is_1_bit_between_minimum_and_maximum():
+    states = torch.randint(-99, 99, (2, 3, 64, 8)).float()  # metadata in float16 is exact
+    assert torch.equal(read_back(Quantile(0, PER_CHANNEL, 32), states), read_back(Affine(1, PER_CHANNEL, 32), states))
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.2, 0.25, 0.4])
+def test_levels_are_the_quantiles_of_torch(tau):
+    groups = torch.randn(1, 2, 3, 4, 32)
+    write = MetadataWriter("float16", None)
+    Quantile(tau, PER_CHANNEL, 32).encode(groups, write)
+    for name, share in (("low", tau), ("high", 1 - tau)):
+        assert torch.equal(write.tensors[name], groups.quantile(share, dim=-1).half())
+
+
 def fit_in_words(values, levels, emphasis, rounds):
     """Levels of least weighted squared error for one group, one element at a time, metadata unrounded."""
     mean = sum(values) / len(values)
@@ -140,26 +160,6 @@ def test_hadamard_is_the_product_with_the_matrix():
     torch.testing.assert_close(read_back(Hadamard(Identity()), states), states)
     with pytest.raises(ValueError, match="12 channels; allowed: powers of two"):
         Hadamard(Identity()).quantize(torch.zeros(1, 1, 1, 12))
-
-
-@pytest.mark.parametrize("nbits", [1, 2, 4, 8])
-def test_a_whole_segment_is_one_min_max_group_for_each_channel(nbits):
-    states = torch.randn(2, 3, 24, 5)
-    assert torch.equal(read_back(Segment(nbits), states), read_back(Affine(nbits, PER_CHANNEL, 24), states))
-
-
-def test_quantile_0_is_1_bit_between_minimum_and_maximum():
-    states = torch.randint(-99, 99, (2, 3, 64, 8)).float()  # metadata in float16 is exact
-    assert torch.equal(read_back(Quantile(0, PER_CHANNEL, 32), states), read_back(Affine(1, PER_CHANNEL, 32), states))
-
-
-@pytest.mark.parametrize("tau", [0.05, 0.2, 0.25, 0.4])
-def test_levels_are_the_quantiles_of_torch(tau):
-    groups = torch.randn(1, 2, 3, 4, 32)
-    write = MetadataWriter("float16", None)
-    Quantile(tau, PER_CHANNEL, 32).encode(groups, write)
-    for name, share in (("low", tau), ("high", 1 - tau)):
-        assert torch.equal(write.tensors[name], groups.quantile(share, dim=-1).half())
 
 
 # Properties

@@ -16,7 +16,7 @@ from vidkv_eval.library_cache import cache_class
 from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.quant.marks import TokenMarks
-from vidkv_eval.recipe import BaseRecipe, load_recipe
+from vidkv_eval.recipe import BaseRecipe, Recipe, load_recipe
 
 SETTINGS = {
     "recipe": "NAME, or the path of a yaml file",
@@ -187,7 +187,7 @@ def _with_settings(recipe: BaseRecipe, settings: Mapping[str, str]) -> BaseRecip
         config = _with_group_size(config, group_size)
     if residual_length:
         config["residual_length"] = residual_length
-    return BaseRecipe.from_config(config)
+    return Recipe.from_config(config)
 
 
 def _with_group_size(config: Any, group_size: int) -> Any:

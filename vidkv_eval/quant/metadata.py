@@ -59,7 +59,7 @@ class MetadataWriter:
             OverflowError: a value is too large for the dtype.
         """
         if self.dtype == "float16":
-            self.tensors[name] = to_half_metadata(values)
+            self.tensors[name] = to_half(values)
         elif self.dtype == "float8":
             self.tensors[name] = self._to_float8(name, values)
         else:
@@ -68,7 +68,7 @@ class MetadataWriter:
 
     def _to_float8(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self._is_first:
-            unit = to_half_metadata(values.abs().amax(dim=(2, 3)))
+            unit = to_half(values.abs().amax(dim=(2, 3)))
             self.static[f"{name}_unit"] = torch.where(unit > 0, unit, 1)
         scaled = values * (UNIT / self.static[f"{name}_unit"].float())[..., None, None]
         if (scaled.abs() > LARGEST).any():
@@ -82,10 +82,10 @@ class MetadataWriter:
         if self._is_first:
             low, high = values.aminmax(dim=2)
             step = high / (CODES - 1) if name == "scale" else (high - low) / (2 * CENTRE_CODE)
-            step = to_half_metadata(torch.maximum(step, FINEST * step.amax(dim=-1, keepdim=True)))
+            step = to_half(torch.maximum(step, FINEST * step.amax(dim=-1, keepdim=True)))
             self.static[f"{name}_step"] = torch.where(step > 0, step, 1)
             if name != "scale":
-                self.static[f"{name}_centre"] = to_half_metadata((low + high) / 2)
+                self.static[f"{name}_centre"] = to_half((low + high) / 2)
         origin, step = _origin_and_step(name, self.static)
         return pack(((values - origin) / step).round_().clamp_(0, CODES - 1).to(torch.uint8), CODES)
 
@@ -118,8 +118,8 @@ def _origin_and_step(name: str, static: Mapping[str, torch.Tensor]) -> tuple[tor
     return static[f"{name}_centre"].float().unsqueeze(2) - CENTRE_CODE * step, step
 
 
-def to_half_metadata(values: torch.Tensor) -> torch.Tensor:
-    """Round to float16.
+def to_half(values: torch.Tensor) -> torch.Tensor:
+    """Round metadata to float16.
 
     Raises:
         OverflowError: a value is too large for it.

@@ -48,7 +48,7 @@ class Quantile(GroupedQuantizer):
         ascending = groups.sort(dim=-1).values
         low = write("low", self._quantile(ascending))
         high = write("high", self._quantile(ascending.flip(-1)))
-        return groups > (low + high) / 2
+        return (groups - high).abs() < (groups - low).abs()
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return torch.where(codes > 0, metadata["high"], metadata["low"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vidkv_eval.quant.base import QuantizedStates, Quantizer, impossible
-from vidkv_eval.quant.metadata import to_half_metadata
+from vidkv_eval.quant.metadata import to_half
 from vidkv_kernels.packing import pack, unpack
 
 
@@ -58,4 +58,4 @@ class Segment(Quantizer):
     def _measure(self, states: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return minimum and scale of each channel, [B, H, C]."""
         low, high = (self.shrink * bound for bound in states.aminmax(dim=2))
-        return {"minimum": to_half_metadata(low), "scale": to_half_metadata((high - low) / (2**self.nbits - 1))}
+        return {"minimum": to_half(low), "scale": to_half((high - low) / (2**self.nbits - 1))}
