@@ -1,0 +1,5 @@
+"""All operations."""
+
+from vidkv_kernels import attend
+
+OPS = (attend.OP,)
