@@ -26,6 +26,7 @@ Ternary values may instead fill bytes, 5 channels of an entry each, as `packing.
 **Metadata** is float16, or float8 e4m3 times a `unit` in float16 that does not change over groups.
 
 Buffers may be longer than what they hold: per-sequence `lengths` say how much is there, and what lies beyond is never used.
+Tensors of packed history are contiguous.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ class PackedKeys:
             raise ValueError(f"keys.group_size is {self.group_size}; allowed: 32, 64, 128")
         batch, heads = self.codes.shape[:2]
         words = sum(segment.nbits * segment.channels for segment in self.segments)
-        check("keys.codes", self.codes, (batch, heads, None, words), torch.int32, self.codes.device)
+        check_packed("keys.codes", self.codes, (batch, heads, None, words), torch.int32, self.codes.device)
         groups = self.codes.shape[2] * WORD // self.group_size
         if self.codes.shape[2] * WORD % self.group_size:
             raise ValueError(f"keys.codes has room for {self.codes.shape[2] * WORD} tokens; give a multiple of {self.group_size}")
@@ -125,9 +126,9 @@ class PackedKeys:
         elif self.offset is not None or self.offset_unit is not None:
             raise ValueError("keys.offset is given, but no segment stores offsets")
         if self.rotation is not None:
-            check("keys.rotation", self.rotation, ((batch, 1), (heads, 1), None, self.channels), torch.float32, self.device)
+            check_packed("keys.rotation", self.rotation, ((batch, 1), (heads, 1), None, self.channels), torch.float32, self.device)
         if self.center is not None:
-            check("keys.center", self.center, ((batch, 1), (heads, 1), self.width), torch.float32, self.device)
+            check_packed("keys.center", self.center, ((batch, 1), (heads, 1), self.width), torch.float32, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -220,9 +221,9 @@ class PackedValues:
             raise ValueError(f"values.group_size is {self.group_size}; allowed: divisors of {self.width}")
         batch, heads = self.codes.shape[:2]
         if self.codes.dtype == torch.uint8 and self.levels == 3:
-            check("values.codes", self.codes, (batch, heads, None, -(-self.width // 5)), torch.uint8, self.codes.device)
+            check_packed("values.codes", self.codes, (batch, heads, None, -(-self.width // 5)), torch.uint8, self.codes.device)
         else:
-            check("values.codes", self.codes, (batch, heads, None, self.nbits * self.width), torch.int32, self.codes.device)
+            check_packed("values.codes", self.codes, (batch, heads, None, self.nbits * self.width), torch.int32, self.codes.device)
         if self.granularity == "per_channel" and self.entries % self.group_size:
             raise ValueError(f"values.codes has room for {self.entries} entries; give a multiple of {self.group_size}")
         shape = (batch, heads, self.entries, self.width // self.group_size)
@@ -234,9 +235,9 @@ class PackedValues:
             _check_metadata("values.offset", self.offset, self.offset_unit, shape, self.device)
         elif self.offset is not None or self.offset_unit is not None:
             raise ValueError(f"values.offset is given, but offset_kind is {self.offset_kind!r}")
-        check("values.lengths", self.lengths, (batch,), torch.int32, self.device)
+        check_packed("values.lengths", self.lengths, (batch,), torch.int32, self.device)
         if self.tokens is not None:
-            check("values.tokens", self.tokens, (batch, self.entries), torch.int32, self.device)
+            check_packed("values.tokens", self.tokens, (batch, self.entries), torch.int32, self.device)
 
     @property
     def device(self) -> torch.device:
@@ -363,16 +364,23 @@ def check(
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; allowed: {device}, where the other tensors are")
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; give 1, for instance by .contiguous()")
+        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; allowed: 1, as after .contiguous()")
+
+
+def check_packed(name: str, tensor: torch.Tensor | None, shape: tuple, dtype: object, device: torch.device) -> None:
+    """As `check`, for tensors whose memory has no gaps, so that their shape gives all strides."""
+    check(name, tensor, shape, dtype, device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {tensor.stride()} for shape {list(tensor.shape)}; make it .contiguous()")
 
 
 def _check_metadata(name: str, tensor: torch.Tensor | None, unit: torch.Tensor | None, shape: tuple, device: torch.device) -> None:
-    check(name, tensor, shape, (torch.float16, torch.float8_e4m3fn), device)
+    check_packed(name, tensor, shape, (torch.float16, torch.float8_e4m3fn), device)
     if (tensor.dtype == torch.float8_e4m3fn) != (unit is not None):
         found = "missing" if unit is None else "given"
         raise ValueError(f"{name} is {tensor.dtype} and its unit is {found}; float8 needs a unit, float16 none")
     if unit is not None:
-        check(f"{name}_unit", unit, ((shape[0], 1), (shape[1], 1), shape[3]), torch.float16, device)
+        check_packed(f"{name}_unit", unit, ((shape[0], 1), (shape[1], 1), shape[3]), torch.float16, device)
 
 
 def _metadata(tensor: torch.Tensor, unit: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
