@@ -9,11 +9,14 @@ import triton.language as tl
 from vidkv_kernels.attend import check_query
 from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues
 
-# Half a block of 32 tokens is 16 tokens of a 2-bit word. Programs take 16 halves at once and go through the 16 tokens of each,
-# so that a word that was brought into the order of a matrix operand is unpacked 16 times without moving again.
+# Half a block of 32 tokens is 16 tokens: one 2-bit word of each channel. A program takes 8 halves at once and goes through their
+# tokens two by two, so that a word that was brought into the order of a matrix operand is unpacked 16 times without moving again.
+# The 16 rows of an operand are first tokens of the halves, then second tokens: rows r and r + 8 are in one thread, which therefore
+# holds words and metadata of a half once.
 HALF = tl.constexpr(16)
-HALVES = tl.constexpr(16)
-STEP = 256
+HALVES = tl.constexpr(8)
+ROWS = tl.constexpr(16)
+STEP = 128
 DENSE_TOKENS = 32
 PROGRAMS = 1024
 LOG2_E = 1.4426950408889634
@@ -298,6 +301,18 @@ def _dot_exactly(left, right, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def _to_rows(halves, COLUMNS: tl.constexpr):
+    """Repeat what halves have in common for two tokens of each: [1, HALVES, COLUMNS] to [ROWS, COLUMNS]."""
+    return tl.reshape(tl.broadcast_to(halves, [2, HALVES, COLUMNS]), [ROWS, COLUMNS])
+
+
+@triton.jit
+def _as_row(vector, IS_MATRIX: tl.constexpr):
+    """Give a vector the dimensions of [rows, width], or of [2, halves, width]."""
+    return vector[None, :] if IS_MATRIX else vector[None, None, :]
+
+
+@triton.jit
 def _history_kernel(
     mapped_ptr, mapped_batch_stride, mapped_head_stride, constant_ptr,
     key_codes_ptr, key_scale_ptr, key_offset_ptr,
@@ -330,7 +345,9 @@ def _history_kernel(
     row = batch * HEADS + head
     split = tl.program_id(0)
     length = tl.load(lengths_ptr + batch)
-    half = tl.arange(0, HALVES)
+    row_in_step = tl.arange(0, ROWS)
+    first_entry = row_in_step % HALVES * HALF + row_in_step // HALVES
+    second = tl.arange(0, 2)[:, None, None]
     width = tl.arange(0, BLOCK_WIDTH)
     in_width = width < WIDTH
 
@@ -354,9 +371,9 @@ def _history_kernel(
     value_unit = 1.0
     value_offset_unit = 1.0
     if VALUE_FLOAT8:
-        value_unit = tl.load(value_scale_unit_ptr + column, mask=in_width, other=0).to(tl.float32)[:, None]
+        value_unit = _as_row(tl.load(value_scale_unit_ptr + column, mask=in_width, other=0).to(tl.float32), PER_TOKEN)
     if VALUE_OFFSET_FLOAT8:
-        value_offset_unit = tl.load(value_offset_unit_ptr + column, mask=in_width, other=0).to(tl.float32)[:, None]
+        value_offset_unit = _as_row(tl.load(value_offset_unit_ptr + column, mask=in_width, other=0).to(tl.float32), PER_TOKEN)
     if IS_BYTES:
         BYTES: tl.constexpr = (WIDTH + 4) // 5
         value_codes_ptr += row * entries * BYTES
@@ -382,53 +399,50 @@ def _history_kernel(
     maximum = tl.full([BLOCK_HEADS], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     accumulator = tl.zeros([BLOCK_WIDTH, BLOCK_HEADS], tl.float32)
-    steps = tl.cdiv(length, HALF * HALVES)
+    steps = tl.cdiv(length, HALVES * HALF)
     share = tl.cdiv(steps, tl.num_programs(0))
     for step in range(split * share, tl.minimum(split * share + share, steps)):
-        value_half = step * HALVES + half
-        half_is_held = value_half * HALF < length
-        bias = tl.zeros([HALVES, BLOCK_HEADS], tl.float32)
+        half = step * HALVES + tl.arange(0, HALVES)
+        is_half = half * HALF < length
+        # Where the two halves of a block share words of 1 bit, the second one starts at bit 16.
+        start_of_half = (half % 2 * HALF)[None, :, None]
+        half = half.to(tl.int64)
+        bias = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
         if not IS_GATHERED:
-            key_half = value_half.to(tl.int64)
-            block = key_codes_ptr + key_half // 2 * WORDS
-            group = key_half * HALF // KEY_GROUP
+            group = half * HALF // KEY_GROUP
             if WIDE:
-                inside = half_is_held[:, None] & in_wide[None, :]
-                wide_words = tl.load((block + key_half % 2 * WIDE)[:, None] + wide[None, :], mask=inside, other=0).to(tl.uint32)
+                places = key_codes_ptr + (half // 2 * WORDS + half % 2 * WIDE)[None, :, None] + wide[None, None, :]
+                wide_words = tl.load(places, mask=is_half[None, :, None] & in_wide[None, None, :], other=0).to(tl.uint32)
                 scale, minimum = _load_key_metadata(
-                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, half_is_held,
+                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                wide_factor = scale * 4
+                wide_factor = (scale * 4)[None, :, :]
                 if HAS_KEY_OFFSETS:
-                    bias += _dot_exactly(minimum, wide_query, COMPUTE)
+                    bias += _dot_exactly(_to_rows(minimum[None, :, :], BLOCK_WIDE), wide_query, COMPUTE)
             if NORMAL:
-                inside = half_is_held[:, None] & in_normal[None, :]
-                normal_words = tl.load((block + 2 * WIDE)[:, None] + normal[None, :], mask=inside, other=0).to(tl.uint32)
-                normal_words = normal_words >> (key_half % 2 * 16).to(tl.uint32)[:, None]
+                places = key_codes_ptr + (half // 2 * WORDS)[None, :, None] + 2 * WIDE + normal[None, None, :]
+                normal_words = tl.load(places, mask=is_half[None, :, None] & in_normal[None, None, :], other=0).to(tl.uint32)
                 scale, minimum = _load_key_metadata(
-                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, half_is_held,
+                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                normal_factor = scale * 2
+                normal_factor = (scale * 2)[None, :, :]
                 if HAS_KEY_OFFSETS:
-                    bias += _dot_exactly(minimum, normal_query, COMPUTE)
-        value_row = value_half.to(tl.int64)
-        inside = in_width[:, None] & half_is_held[None, :]
+                    bias += _dot_exactly(_to_rows(minimum[None, :, :], BLOCK_NORMAL), normal_query, COMPUTE)
+        is_stored = is_half[None, :, None] & in_width[None, None, :]
         if not IS_BYTES:
-            if VALUE_BITS == 2:
-                value_words = tl.load(value_codes_ptr + value_row[None, :] * WIDTH + width[:, None], mask=inside, other=0).to(tl.uint32)
-            else:
-                value_words = tl.load(value_codes_ptr + value_row[None, :] // 2 * WIDTH + width[:, None], mask=inside, other=0)
-                value_words = value_words.to(tl.uint32) >> (value_row % 2 * 16).to(tl.uint32)[None, :]
-        value_factor = tl.full([BLOCK_WIDTH, HALVES], 1 << VALUE_BITS, tl.float32)
-        value_group = (value_row * HALF // VALUE_GROUP)[None, :] * WIDTH + width[:, None]
+            word_row = half if VALUE_BITS == 2 else half // 2
+            value_words = tl.load(value_codes_ptr + word_row[None, :, None] * WIDTH + width[None, None, :], mask=is_stored, other=0)
+            value_words = value_words.to(tl.uint32)
+        value_factor = tl.full([1, HALVES, BLOCK_WIDTH], 1 << VALUE_BITS, tl.float32)
+        value_group = (half * HALF // VALUE_GROUP)[None, :, None] * WIDTH + width[None, None, :]
         if STATIC_SCALE:
-            value_factor *= _load_metadata(value_scale_ptr + value_group, inside, value_unit, VALUE_FLOAT8)
-        weight_sums = tl.zeros([HALVES, BLOCK_HEADS], tl.float32)
+            value_factor *= _load_metadata(value_scale_ptr + value_group, is_stored, value_unit, VALUE_FLOAT8)
+        weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
-        for index in range(HALF):
-            entry = value_half * HALF + index
+        for index in range(0, HALF, 2):
+            entry = step * (HALVES * HALF) + first_entry + index
             is_held = entry < length
             scores = bias
             if IS_GATHERED:
@@ -459,9 +473,11 @@ def _history_kernel(
                         scores += _dot_exactly(minimum, normal_query, COMPUTE)
             else:
                 if WIDE:
-                    scores += _dot(_codes_times_scale(wide_words, 2 * index, wide_factor, 2), wide_query, COMPUTE)
+                    keys = _codes_times_scale(wide_words, 2 * (index + second), wide_factor, 2)
+                    scores += _dot(tl.reshape(keys, [ROWS, BLOCK_WIDE]), wide_query, COMPUTE)
                 if NORMAL:
-                    scores += _dot(_codes_times_scale(normal_words, index, normal_factor, 1), normal_query, COMPUTE)
+                    keys = _codes_times_scale(normal_words, index + second + start_of_half, normal_factor, 1)
+                    scores += _dot(tl.reshape(keys, [ROWS, BLOCK_NORMAL]), normal_query, COMPUTE)
             scores = tl.where(is_held[:, None], (scores + constant[None, :]) * scaling, LOWEST)
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
             fading = tl.exp2(maximum - new_maximum)
@@ -469,34 +485,37 @@ def _history_kernel(
             weights = tl.where(is_held[:, None], tl.exp2(scores - maximum[None, :]), 0.0).to(COMPUTE)
             weight_sums = weight_sums * fading[None, :] + weights.to(tl.float32)
 
+            inside = is_held[:, None] & in_width[None, :]
             factor = value_factor
             if PER_TOKEN:
-                inside = in_width[:, None] & is_held[None, :]
-                place_of = entry.to(tl.int64)[None, :] * VALUE_COLUMNS + column[:, None]
-                factor = value_factor * _load_metadata(value_scale_ptr + place_of, inside, value_unit, VALUE_FLOAT8)
+                place_of = entry.to(tl.int64)[:, None] * VALUE_COLUMNS + column[None, :]
+                factor = (1 << VALUE_BITS) * _load_metadata(value_scale_ptr + place_of, inside, value_unit, VALUE_FLOAT8)
+                factor = tl.reshape(factor, [2, HALVES, BLOCK_WIDTH])
             if IS_BYTES:
-                inside = in_width[:, None] & is_held[None, :]
-                digits = tl.load(value_codes_ptr + entry.to(tl.int64)[None, :] * BYTES + width[:, None] // 5, mask=inside, other=0)
-                digits = (digits.to(tl.int32) * divisor[:, None]) >> 16
-                digits = digits - 3 * ((digits * 21846) >> 16)
+                digits = tl.load(value_codes_ptr + entry.to(tl.int64)[:, None] * BYTES + width[None, :] // 5, mask=inside, other=0)
+                digits = (digits.to(tl.int32) * divisor[None, :]) >> 16
+                digits = tl.reshape(digits - 3 * ((digits * 21846) >> 16), [2, HALVES, BLOCK_WIDTH])
                 values = digits.to(tl.float32) * (factor * 0.25)
+            elif VALUE_BITS == 2:
+                values = _codes_times_scale(value_words, 2 * (index + second), factor, 2)
             else:
-                values = _codes_times_scale(value_words, VALUE_BITS * index, factor, VALUE_BITS)
+                values = _codes_times_scale(value_words, index + second + start_of_half, factor, 1)
             if not LATE_MIDDLE:
                 values -= factor * (MIDDLE / (1 << VALUE_BITS))
+            values = tl.reshape(values, [ROWS, BLOCK_WIDTH])
             if PER_TOKEN and HAS_OFFSET:
                 values += _load_metadata(value_offset_ptr + place_of, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
-            accumulator = accumulator * fading[None, :] + _dot(values, weights, COMPUTE)
+            accumulator = accumulator * fading[None, :] + _dot(tl.trans(values), weights, COMPUTE)
             total = total * fading
 
         total += tl.sum(weight_sums, axis=0)
         if LATE_OFFSETS:
-            inside = in_width[:, None] & half_is_held[None, :]
-            offsets = tl.zeros([BLOCK_WIDTH, HALVES], tl.float32)
+            offsets = tl.zeros([1, HALVES, BLOCK_WIDTH], tl.float32)
             if LATE_MIDDLE:
                 offsets -= value_factor * (MIDDLE / (1 << VALUE_BITS))
             if HAS_OFFSET:
-                offsets += _load_metadata(value_offset_ptr + value_group, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
+                offsets += _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
+            offsets = tl.trans(_to_rows(offsets, BLOCK_WIDTH))
             rounded = weight_sums.to(COMPUTE)
             accumulator += _dot_exactly(offsets, rounded, COMPUTE)
             if COMPUTE != tl.float32:
