@@ -1,5 +1,5 @@
 """All operations."""
 
-from vidkv_kernels import attend
+from vidkv_kernels import attend, quantize_values
 
-OPS = (attend.OP,)
+OPS = (attend.OP, quantize_values.OP)
