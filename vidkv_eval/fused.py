@@ -58,7 +58,7 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     metadata = [_metadata(owner, piece) for owner, piece, _, _ in pieces]
     offsets = [offset for _, offset in metadata if offset is not None]
     return PackedKeys(
-        tuple(Segment(piece.channels, nbits, kind) for _, piece, nbits, kind in pieces),
+        _segments(pieces),
         group_size,
         torch.cat([pack_words(_codes(owner, piece), nbits) for owner, piece, nbits, _ in pieces], dim=-1),
         torch.cat([scale for scale, _ in metadata], dim=-1),
@@ -94,6 +94,14 @@ def _spectral_pieces(quantizer: Spectral, stored: QuantizedStates) -> list[tuple
         # Imaginary parts are read back by the odd part of the quantizer.
         pieces.append((quantizer.inner, stored.parts["imaginary"], 1, "centred" if kind == "none" else kind))
     return pieces
+
+
+def _segments(pieces: list[tuple[Quantizer, QuantizedStates, int, str]]) -> tuple[Segment, ...]:
+    """Return the segments of pieces that follow each other; those of the same form are one."""
+    channels: dict[tuple[int, str], int] = {}
+    for _, piece, nbits, kind in pieces:
+        channels[nbits, kind] = channels.get((nbits, kind), 0) + piece.channels
+    return tuple(Segment(count, nbits, kind) for (nbits, kind), count in channels.items())
 
 
 def _kind(quantizer: Quantizer) -> str:
