@@ -10,12 +10,13 @@ from vidkv_kernels.attend import check_query
 from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues
 
 # Half a block of 32 tokens is 16 tokens: one 2-bit word of each channel. A program takes 8 halves at once and goes through their
-# tokens two by two, so that a word that was brought into the order of a matrix operand is unpacked 16 times without moving again.
-# The 16 rows of an operand are first tokens of the halves, then second tokens: rows r and r + 8 are in one thread, which therefore
-# holds words and metadata of a half once.
+# tokens a few at a time, so that a word that was brought into the order of a matrix operand is unpacked 16 times without moving
+# again. The rows of an operand are the first of these tokens in each half, then the second, and so on: rows r and r + 8 are in one
+# thread, which therefore holds words and metadata of a half once.
 HALF = tl.constexpr(16)
 HALVES = tl.constexpr(8)
-ROWS = tl.constexpr(16)
+AT_ONCE = tl.constexpr(2)
+ROWS = tl.constexpr(HALVES.value * AT_ONCE.value)
 STEP = 128
 DENSE_TOKENS = 32
 PROGRAMS = 1024
@@ -60,7 +61,7 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _merge_kernel[(batch * query_heads,)](
         sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],
-        BLOCK_SPLITS=min(64, triton.next_power_of_2(total)), num_warps=4,
+        BLOCK_SPLITS=min(64, triton.next_power_of_2(total)), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -121,7 +122,6 @@ def _launch_history(
     dtype: torch.dtype,
 ) -> None:
     normal = keys.channels - keys.wide_channels
-    bits = [segment.middle for segment in keys.segments if segment.middle]
     scale, offset = _bytes(values.scale), _bytes(values.offset)
     _history_kernel[(count, mapped.shape[0] * shared["HEADS"] * shared["HEAD_BLOCKS"])](
         mapped, mapped.stride(0), mapped.stride(1), mapped if constant is None else constant,
@@ -135,7 +135,9 @@ def _launch_history(
         sums, weights, weights.stride(0), sums.shape[2], place, keys.codes.shape[2], values.entries,
         HAS_CONSTANT=constant is not None, KEY_GROUP=keys.group_size,
         WIDE=keys.wide_channels, BLOCK_WIDE=_block(keys.wide_channels), NORMAL=normal, BLOCK_NORMAL=_block(normal),
-        STORED=keys.stored_offsets, UNCENTRED=keys.uncentred_channels, HAS_KEY_OFFSETS=bool(keys.stored_offsets or bits),
+        STORED=keys.stored_offsets, UNCENTRED=keys.uncentred_channels,
+        WIDE_HAS_BASE=keys.stored_offsets > 0 or keys.uncentred_channels < keys.wide_channels,
+        NORMAL_HAS_BASE=max(keys.stored_offsets, keys.uncentred_channels) > keys.wide_channels,
         KEY_FLOAT8=keys.scale_unit is not None, KEY_OFFSET_FLOAT8=keys.offset_unit is not None,
         LEVELS=values.levels, IS_BYTES=values.is_bytes, MIDDLE=values.middle, VALUE_GROUP=values.group_size,
         PER_TOKEN=values.granularity == "per_token", HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
@@ -256,10 +258,13 @@ def _load_metadata(pointers, mask, unit, IS_FLOAT8: tl.constexpr):
 @triton.jit
 def _load_key_metadata(
     scale_ptr, offset_ptr, scale_unit_ptr, offset_unit_ptr, group, is_held, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, UNCENTRED: tl.constexpr, MIDDLE: tl.constexpr,
-    IS_FLOAT8: tl.constexpr, OFFSET_FLOAT8: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, UNCENTRED: tl.constexpr,
+    BASE: tl.constexpr, MIDDLE: tl.constexpr, IS_FLOAT8: tl.constexpr, OFFSET_FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """Return scales, and values of code 0, of channels FIRST .. FIRST + COUNT in some groups, float32 [groups, BLOCK]."""
+    """Return scales, and what a code BASE means, of channels FIRST .. FIRST + COUNT in some groups, float32 [groups, BLOCK].
+
+    MIDDLE is the middle of centred channels; that of the others is 0.
+    """
     channel = FIRST + tl.arange(0, BLOCK)
     in_channels = channel < FIRST + COUNT
     unit = 1.0
@@ -267,23 +272,29 @@ def _load_key_metadata(
         unit = tl.load(scale_unit_ptr + channel, mask=in_channels, other=0).to(tl.float32)[None, :]
     inside = is_held[:, None] & in_channels[None, :]
     scale = _load_metadata(scale_ptr + group[:, None] * CHANNELS + channel[None, :], inside, unit, IS_FLOAT8)
-    minimum = tl.where((channel < UNCENTRED)[None, :], 0.0, -MIDDLE * scale)
+    base = scale * tl.where(channel < UNCENTRED, BASE, BASE - MIDDLE)[None, :]
     if FIRST < STORED:
         inside = inside & (channel < STORED)[None, :]
         if OFFSET_FLOAT8:
             unit = tl.load(offset_unit_ptr + channel, mask=in_channels & (channel < STORED), other=0).to(tl.float32)[None, :]
-        minimum += _load_metadata(offset_ptr + group[:, None] * STORED + channel[None, :], inside, unit, OFFSET_FLOAT8)
-    return scale, minimum
+        base += _load_metadata(offset_ptr + group[:, None] * STORED + channel[None, :], inside, unit, OFFSET_FLOAT8)
+    return scale, base
 
 
 @triton.jit
-def _codes_times_scale(words, position, factor, NBITS: tl.constexpr):
-    """Return the codes at bit `position` of uint32 words, times scale; `factor` is scale * 2^NBITS."""
-    # The bits of a code, rotated to the top of a mantissa, make 1 + code / 2^NBITS without a conversion.
-    amount = (23 - NBITS - position) & 31
+def _two_bits_times_scale(words, position, factor):
+    """Return codes of 2 bits at bit `position` of uint32 words, times scale, as float32; `factor` is 4 * scale."""
+    # The bits of a code, rotated to the top of a mantissa, make 1 + code / 4 without a conversion.
+    amount = (21 - position) & 31
     rotated = (words << amount) | (words >> (32 - amount))
-    bits = (rotated & (((1 << NBITS) - 1) << (23 - NBITS))) | 0x3F800000
-    return bits.to(tl.float32, bitcast=True) * factor - factor
+    return ((rotated & 0x600000) | 0x3F800000).to(tl.float32, bitcast=True) * factor - factor
+
+
+@triton.jit
+def _one_bit_times_scale(words, position, factor):
+    """Return (code - 1/2) * scale for codes of 1 bit at bit `position` of uint32 words, as float32; `factor` is -scale / 2."""
+    sign = (words << (31 - position)) & 0x80000000
+    return (sign ^ factor.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -302,13 +313,13 @@ def _dot_exactly(left, right, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _to_rows(halves, COLUMNS: tl.constexpr):
-    """Repeat what halves have in common for two tokens of each: [1, HALVES, COLUMNS] to [ROWS, COLUMNS]."""
-    return tl.reshape(tl.broadcast_to(halves, [2, HALVES, COLUMNS]), [ROWS, COLUMNS])
+    """Repeat what halves have in common for the tokens taken at once: [1, HALVES, COLUMNS] to [ROWS, COLUMNS]."""
+    return tl.reshape(tl.broadcast_to(halves, [AT_ONCE, HALVES, COLUMNS]), [ROWS, COLUMNS])
 
 
 @triton.jit
 def _as_row(vector, IS_MATRIX: tl.constexpr):
-    """Give a vector the dimensions of [rows, width], or of [2, halves, width]."""
+    """Give a vector the dimensions of [rows, width], or of [tokens at once, halves, width]."""
     return vector[None, :] if IS_MATRIX else vector[None, None, :]
 
 
@@ -324,7 +335,7 @@ def _history_kernel(
     tokens_ptr, lengths_ptr, sums_ptr, weights_ptr, weights_stride, splits, place, key_blocks, entries, scaling,
     HAS_CONSTANT: tl.constexpr, KEY_GROUP: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr, NORMAL: tl.constexpr, BLOCK_NORMAL: tl.constexpr,
-    STORED: tl.constexpr, UNCENTRED: tl.constexpr, HAS_KEY_OFFSETS: tl.constexpr,
+    STORED: tl.constexpr, UNCENTRED: tl.constexpr, WIDE_HAS_BASE: tl.constexpr, NORMAL_HAS_BASE: tl.constexpr,
     KEY_FLOAT8: tl.constexpr, KEY_OFFSET_FLOAT8: tl.constexpr,
     LEVELS: tl.constexpr, IS_BYTES: tl.constexpr, MIDDLE: tl.constexpr, VALUE_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr,
@@ -336,18 +347,21 @@ def _history_kernel(
     CHANNELS: tl.constexpr = WIDE + NORMAL
     WORDS: tl.constexpr = 2 * WIDE + NORMAL
     VALUE_BITS: tl.constexpr = 1 if LEVELS == 2 else 2
+    # What the functions that unpack take instead of a scale, in units of it, and what they leave to be added.
+    FACTOR: tl.constexpr = -0.5 if LEVELS == 2 else 4.0
+    BASE: tl.constexpr = (0.5 if LEVELS == 2 else 0.0) - MIDDLE
     STATIC_SCALE: tl.constexpr = HAS_SCALE and not PER_TOKEN
     # Offsets that do not change within half a block are added once for its 16 tokens, times the sum of their weights. In float32
-    # that would cost accuracy for what the middle adds, because codes and middle nearly cancel.
-    LATE_MIDDLE: tl.constexpr = not PER_TOKEN and MIDDLE != 0 and COMPUTE != tl.float32
-    LATE_OFFSETS: tl.constexpr = LATE_MIDDLE or (HAS_OFFSET and not PER_TOKEN)
+    # that would cost accuracy for the base, because it nearly cancels what codes add.
+    LATE_BASE: tl.constexpr = not PER_TOKEN and BASE != 0 and COMPUTE != tl.float32
+    LATE_OFFSETS: tl.constexpr = LATE_BASE or (HAS_OFFSET and not PER_TOKEN)
     batch, head, query_head, is_head = _program_heads(HEADS, PER_HEAD, BLOCK_HEADS, HEAD_BLOCKS)
     row = batch * HEADS + head
     split = tl.program_id(0)
     length = tl.load(lengths_ptr + batch)
     row_in_step = tl.arange(0, ROWS)
     first_entry = row_in_step % HALVES * HALF + row_in_step // HALVES
-    second = tl.arange(0, 2)[:, None, None]
+    nth = tl.arange(0, AT_ONCE)[:, None, None]
     width = tl.arange(0, BLOCK_WIDTH)
     in_width = width < WIDTH
 
@@ -407,41 +421,42 @@ def _history_kernel(
         # Where the two halves of a block share words of 1 bit, the second one starts at bit 16.
         start_of_half = (half % 2 * HALF)[None, :, None]
         half = half.to(tl.int64)
-        bias = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
+        half_bias = tl.zeros([HALVES, BLOCK_HEADS], tl.float32)
         if not IS_GATHERED:
             group = half * HALF // KEY_GROUP
             if WIDE:
                 places = key_codes_ptr + (half // 2 * WORDS + half % 2 * WIDE)[None, :, None] + wide[None, None, :]
                 wide_words = tl.load(places, mask=is_half[None, :, None] & in_wide[None, None, :], other=0).to(tl.uint32)
-                scale, minimum = _load_key_metadata(
+                scale, base = _load_key_metadata(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
-                    0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                    0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
                 wide_factor = (scale * 4)[None, :, :]
-                if HAS_KEY_OFFSETS:
-                    bias += _dot_exactly(_to_rows(minimum[None, :, :], BLOCK_WIDE), wide_query, COMPUTE)
+                if WIDE_HAS_BASE:
+                    half_bias += _dot_exactly(base, wide_query, COMPUTE)
             if NORMAL:
                 places = key_codes_ptr + (half // 2 * WORDS)[None, :, None] + 2 * WIDE + normal[None, None, :]
                 normal_words = tl.load(places, mask=is_half[None, :, None] & in_normal[None, None, :], other=0).to(tl.uint32)
-                scale, minimum = _load_key_metadata(
+                scale, base = _load_key_metadata(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
-                    WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                    WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                normal_factor = (scale * 2)[None, :, :]
-                if HAS_KEY_OFFSETS:
-                    bias += _dot_exactly(_to_rows(minimum[None, :, :], BLOCK_NORMAL), normal_query, COMPUTE)
+                normal_factor = (scale * -0.5)[None, :, :]
+                if NORMAL_HAS_BASE:
+                    half_bias += _dot_exactly(base, normal_query, COMPUTE)
+        bias = _to_rows(half_bias[None, :, :], BLOCK_HEADS)
         is_stored = is_half[None, :, None] & in_width[None, None, :]
         if not IS_BYTES:
             word_row = half if VALUE_BITS == 2 else half // 2
             value_words = tl.load(value_codes_ptr + word_row[None, :, None] * WIDTH + width[None, None, :], mask=is_stored, other=0)
             value_words = value_words.to(tl.uint32)
-        value_factor = tl.full([1, HALVES, BLOCK_WIDTH], 1 << VALUE_BITS, tl.float32)
+        value_factor = tl.full([1, HALVES, BLOCK_WIDTH], FACTOR, tl.float32)
         value_group = (half * HALF // VALUE_GROUP)[None, :, None] * WIDTH + width[None, None, :]
         if STATIC_SCALE:
             value_factor *= _load_metadata(value_scale_ptr + value_group, is_stored, value_unit, VALUE_FLOAT8)
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
-        for index in range(0, HALF, 2):
+        for index in range(0, HALF, AT_ONCE):
             entry = step * (HALVES * HALF) + first_entry + index
             is_held = entry < length
             scores = bias
@@ -452,31 +467,31 @@ def _history_kernel(
                 if WIDE:
                     inside = is_held[:, None] & in_wide[None, :]
                     wide_words = tl.load((block + token % 32 // 16 * WIDE)[:, None] + wide[None, :], mask=inside, other=0).to(tl.uint32)
-                    scale, minimum = _load_key_metadata(
+                    scale, base = _load_key_metadata(
                         key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_held,
-                        0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                        0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
                     position = (token % 16 * 2).to(tl.int32)[:, None]
-                    scores += _dot(_codes_times_scale(wide_words, position, scale * 4, 2), wide_query, COMPUTE)
-                    if HAS_KEY_OFFSETS:
-                        scores += _dot_exactly(minimum, wide_query, COMPUTE)
+                    scores += _dot(_two_bits_times_scale(wide_words, position, scale * 4), wide_query, COMPUTE)
+                    if WIDE_HAS_BASE:
+                        scores += _dot_exactly(base, wide_query, COMPUTE)
                 if NORMAL:
                     inside = is_held[:, None] & in_normal[None, :]
                     normal_words = tl.load((block + 2 * WIDE)[:, None] + normal[None, :], mask=inside, other=0).to(tl.uint32)
-                    scale, minimum = _load_key_metadata(
+                    scale, base = _load_key_metadata(
                         key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_held,
-                        WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                        WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
-                    normal_words = normal_words >> (token % 32).to(tl.uint32)[:, None]
-                    scores += _dot(_codes_times_scale(normal_words, 0, scale * 2, 1), normal_query, COMPUTE)
-                    if HAS_KEY_OFFSETS:
-                        scores += _dot_exactly(minimum, normal_query, COMPUTE)
+                    position = (token % 32).to(tl.int32)[:, None]
+                    scores += _dot(_one_bit_times_scale(normal_words, position, scale * -0.5), normal_query, COMPUTE)
+                    if NORMAL_HAS_BASE:
+                        scores += _dot_exactly(base, normal_query, COMPUTE)
             else:
                 if WIDE:
-                    keys = _codes_times_scale(wide_words, 2 * (index + second), wide_factor, 2)
+                    keys = _two_bits_times_scale(wide_words, 2 * (index + nth), wide_factor)
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_WIDE]), wide_query, COMPUTE)
                 if NORMAL:
-                    keys = _codes_times_scale(normal_words, index + second + start_of_half, normal_factor, 1)
+                    keys = _one_bit_times_scale(normal_words, index + nth + start_of_half, normal_factor)
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_NORMAL]), normal_query, COMPUTE)
             scores = tl.where(is_held[:, None], (scores + constant[None, :]) * scaling, LOWEST)
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
@@ -489,19 +504,19 @@ def _history_kernel(
             factor = value_factor
             if PER_TOKEN:
                 place_of = entry.to(tl.int64)[:, None] * VALUE_COLUMNS + column[None, :]
-                factor = (1 << VALUE_BITS) * _load_metadata(value_scale_ptr + place_of, inside, value_unit, VALUE_FLOAT8)
-                factor = tl.reshape(factor, [2, HALVES, BLOCK_WIDTH])
+                factor = FACTOR * _load_metadata(value_scale_ptr + place_of, inside, value_unit, VALUE_FLOAT8)
+                factor = tl.reshape(factor, [AT_ONCE, HALVES, BLOCK_WIDTH])
             if IS_BYTES:
                 digits = tl.load(value_codes_ptr + entry.to(tl.int64)[:, None] * BYTES + width[None, :] // 5, mask=inside, other=0)
                 digits = (digits.to(tl.int32) * divisor[None, :]) >> 16
-                digits = tl.reshape(digits - 3 * ((digits * 21846) >> 16), [2, HALVES, BLOCK_WIDTH])
-                values = digits.to(tl.float32) * (factor * 0.25)
+                digits = tl.reshape(digits - 3 * ((digits * 21846) >> 16), [AT_ONCE, HALVES, BLOCK_WIDTH])
+                values = digits.to(tl.float32) * (factor / FACTOR)
             elif VALUE_BITS == 2:
-                values = _codes_times_scale(value_words, 2 * (index + second), factor, 2)
+                values = _two_bits_times_scale(value_words, 2 * (index + nth), factor)
             else:
-                values = _codes_times_scale(value_words, index + second + start_of_half, factor, 1)
-            if not LATE_MIDDLE:
-                values -= factor * (MIDDLE / (1 << VALUE_BITS))
+                values = _one_bit_times_scale(value_words, index + nth + start_of_half, factor)
+            if BASE != 0 and not LATE_BASE:
+                values += factor * (BASE / FACTOR)
             values = tl.reshape(values, [ROWS, BLOCK_WIDTH])
             if PER_TOKEN and HAS_OFFSET:
                 values += _load_metadata(value_offset_ptr + place_of, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
@@ -511,8 +526,8 @@ def _history_kernel(
         total += tl.sum(weight_sums, axis=0)
         if LATE_OFFSETS:
             offsets = tl.zeros([1, HALVES, BLOCK_WIDTH], tl.float32)
-            if LATE_MIDDLE:
-                offsets -= value_factor * (MIDDLE / (1 << VALUE_BITS))
+            if LATE_BASE:
+                offsets += value_factor * (BASE / FACTOR)
             if HAS_OFFSET:
                 offsets += _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
             offsets = tl.trans(_to_rows(offsets, BLOCK_WIDTH))
