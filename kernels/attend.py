@@ -87,10 +87,13 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "nothing at all in one sequence": (single, [0, 32], [0, 0], {}),
         "lengths that fill neither groups nor blocks": (half, [33, 95], [1, 63], {"room": 128}),
         "query groups of 7": (half, [96], [17], {"query_heads": 14, "heads": 2}),
+        "query groups of 20": (half, [64], [2], {"query_heads": 20}),
         "query groups of 1": (single, [64, 128], [3, 0], {"heads": 2}),
         "min-max keys, values per token": (half, [256], [9], {"segments": minmax, "values": ("per_token", 4, "minimum")}),
         "keys and values of 1 bit": (single, [160], [5], {"segments": one_bit, "values": ("per_token", 2, "minimum")}),
         "as published": (single, [96, 64], [2, 40], {"segments": published, "values": ("per_channel", 3, "unscaled")}),
+        "as published, values per token": (half, [64], [3], {"segments": published, "values": ("per_token", 3, "unscaled")}),
+        "ternary values per token": (half, [64, 96], [3, 3], {"values": ("per_token", 3, "centred")}),
         "signs without mean, few wide channels": (half, [128], [31], {"segments": few_wide}),
         "more key channels than the query has": (half, [64], [12], {"segments": doubled}),
         "groups of 128": (half, [256, 128], [7, 8], {"group_size": 128, "values": ("per_channel", 4, "minimum")}),
@@ -101,6 +104,9 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "protected tokens in one sequence": (single, [96, 96], [1, 1], {"protected": [32, 0]}),
         "a prefix in full precision": (half, [64, 32], [10, 1], {"prefix": [4, 0]}),
         "float8 metadata and centred keys": (half, [128, 96], [33, 2], {"metadata": torch.float8_e4m3fn, "center": 2.0}),
+        "float8 metadata per token": (
+            half, [96], [1], {"metadata": torch.float8_e4m3fn, "values": ("per_token", 4, "minimum")}
+        ),
         "a key channel far above all others": (brain, [128], [16], {"center": 40.0}),
         "sequences of very different length": (brain, [512, 0, 32], [40, 5, 64], {}),
     }

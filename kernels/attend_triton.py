@@ -61,7 +61,7 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _merge_kernel[(batch * query_heads,)](
         sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],
-        BLOCK_SPLITS=min(64, triton.next_power_of_2(total)), num_warps=8,
+        BLOCK_SPLITS=min(64, triton.next_power_of_2(max(total, 1))), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -140,7 +140,8 @@ def _launch_history(
         NORMAL_HAS_BASE=max(keys.stored_offsets, keys.uncentred_channels) > keys.wide_channels,
         KEY_FLOAT8=keys.scale_unit is not None, KEY_OFFSET_FLOAT8=keys.offset_unit is not None,
         LEVELS=values.levels, IS_BYTES=values.is_bytes, MIDDLE=values.middle, VALUE_GROUP=values.group_size,
-        PER_TOKEN=values.granularity == "per_token", HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
+        # Without scales there are no groups, and the other form is the faster one.
+        PER_TOKEN=values.granularity == "per_token" and scale is not None, HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
         VALUE_FLOAT8=values.scale_unit is not None, VALUE_OFFSET_FLOAT8=values.offset_unit is not None,
         IS_GATHERED=values.tokens is not None, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16, **shared,
     )  # fmt: skip
@@ -208,7 +209,7 @@ def _store_split(
     tl.store(weights_ptr + weights_stride + place, total, mask=is_head)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "place"])
 def _dense_kernel(
     query_ptr, query_batch_stride, query_head_stride,
     key_ptr, key_batch_stride, key_head_stride, key_token_stride,
@@ -323,7 +324,7 @@ def _as_row(vector, IS_MATRIX: tl.constexpr):
     return vector[None, :] if IS_MATRIX else vector[None, None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "place", "key_blocks", "entries"])
 def _history_kernel(
     mapped_ptr, mapped_batch_stride, mapped_head_stride, constant_ptr,
     key_codes_ptr, key_scale_ptr, key_offset_ptr,
@@ -542,7 +543,7 @@ def _history_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _merge_kernel(
     sums_ptr, weights_ptr, out_ptr, weights_stride, splits,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_SPLITS: tl.constexpr,

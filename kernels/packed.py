@@ -232,6 +232,8 @@ class PackedValues:
         if self.scale is not None:
             _check_metadata("values.scale", self.scale, self.scale_unit, shape, self.device)
         if self.offset_kind in STORED_KINDS:
+            if self.scale is None:
+                raise ValueError(f"values.scale is None; offset_kind {self.offset_kind!r} needs one")
             _check_metadata("values.offset", self.offset, self.offset_unit, shape, self.device)
         elif self.offset is not None or self.offset_unit is not None:
             raise ValueError(f"values.offset is given, but offset_kind is {self.offset_kind!r}")

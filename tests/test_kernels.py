@@ -48,6 +48,11 @@ def test_splits_of_a_long_history_merge_into_one():
     check_error(ATTEND.triton(query, layer, 0.125), plain, truth)
 
 
+def test_a_residual_without_room_and_no_history_give_zeros():
+    empty = FullPrecision(torch.empty(1, 1, 0, 64), torch.empty(1, 1, 0, 64), torch.zeros(1, dtype=torch.int32))
+    assert (ATTEND.triton(torch.randn(1, 2, 1, 64), PackedLayer(None, (), empty), 1.0) == 0).all()
+
+
 def test_appending_full_residuals_gives_what_quantizing_at_once_gives(monkeypatch):
     for op in (QUANTIZE_KEYS, QUANTIZE_VALUES):
         monkeypatch.setattr(type(op), "__call__", lambda op, *arguments: op.triton(*arguments))
