@@ -20,6 +20,7 @@ ROWS = tl.constexpr(HALVES.value * AT_ONCE.value)
 STEP = 128
 DENSE_TOKENS = 32
 PROGRAMS = 1024
+SPLITS_AT_ONCE = 64
 LOG2_E = 1.4426950408889634
 # A maximum that is lower than any score, but finite, so that differences of maxima are numbers.
 LOWEST = tl.constexpr(-1.0e30)
@@ -61,7 +62,7 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _merge_kernel[(batch * query_heads,)](
         sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],
-        BLOCK_SPLITS=min(64, triton.next_power_of_2(max(total, 1))), num_warps=8,
+        BLOCK_SPLITS=min(SPLITS_AT_ONCE, triton.next_power_of_2(max(total, 1))), num_warps=8,
     )  # fmt: skip
     return out
 
@@ -498,7 +499,8 @@ def _history_kernel(
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
             fading = tl.exp2(maximum - new_maximum)
             maximum = new_maximum
-            weights = tl.where(is_held[:, None], tl.exp2(scores - maximum[None, :]), 0.0).to(COMPUTE)
+            # Among the first tokens of the halves of a step one is held, so that the maximum is a score and LOWEST far below it.
+            weights = tl.exp2(scores - maximum[None, :]).to(COMPUTE)
             weight_sums = weight_sums * fading[None, :] + weights.to(tl.float32)
 
             inside = is_held[:, None] & in_width[None, :]
