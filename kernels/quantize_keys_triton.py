@@ -1,4 +1,4 @@
-"""`quantize_keys` in Triton: one program for 128 tokens of a head, which are read once."""
+"""`quantize_keys` in Triton: one program for 64 or 128 tokens of a head, which are read once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from vidkv_kernels.packed import PackedKeys
 from vidkv_kernels.quantize_keys import check_keys, normal_kinds
 from vidkv_kernels.span import Span
 
-TOKENS = 128
-
 
 def quantize_keys(
     states: torch.Tensor, span: Span, order: torch.Tensor, transform: torch.Tensor | None, keys: PackedKeys
@@ -21,15 +19,16 @@ def quantize_keys(
     check_keys(states, span, order, transform, keys)
     batch, heads, tokens, _ = states.shape
     normal = keys.channels - keys.wide_channels
-    _quantize_keys_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    tile = max(64, keys.group_size)
+    _quantize_keys_kernel[(triton.cdiv(tokens, tile), batch * heads)](
         states, *states.stride()[:3], span.begin, span.count, span.start, order, order if transform is None else transform,
         keys.codes, keys.scale, keys.codes if keys.offset is None else keys.offset, heads, keys.codes.shape[2] * 32,
         WIDE=keys.wide_channels, BLOCK_WIDE=triton.next_power_of_2(max(keys.wide_channels, 16)),
         NORMAL=normal, BLOCK_NORMAL=triton.next_power_of_2(max(normal, 16)), STORED=keys.stored_offsets,
-        KIND=(normal_kinds(keys) or ("",))[0], HAS_TRANSFORM=transform is not None, GROUP=keys.group_size, TOKENS=TOKENS,
+        KIND=(normal_kinds(keys) or ("",))[0], HAS_TRANSFORM=transform is not None, GROUP=keys.group_size, TOKENS=tile,
         # 16-bit states are exact in TF32; its three terms then keep the accuracy of float32.
         PRECISION="ieee" if states.dtype == torch.float32 else "tf32x3",
-        num_warps=8,
+        num_warps=tile // 16,
     )  # fmt: skip
     return keys
 

@@ -1,4 +1,4 @@
-"""`quantize_values` in Triton: one program for 128 tokens of a head, which are read once."""
+"""`quantize_values` in Triton: one program for one group of tokens of a head, which are read once."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from vidkv_kernels.packed import PackedValues
 from vidkv_kernels.quantize_values import check_values
 from vidkv_kernels.span import Span
 
-TOKENS = 128
-
 
 def quantize_values(states: torch.Tensor, span: Span, threshold: float, values: PackedValues) -> PackedValues:
     """See `quantize_values_reference`."""
     check_values(states, span, values)
     batch, heads, tokens, width = states.shape
-    _quantize_values_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    tile = values.group_size if values.granularity == "per_channel" else 32
+    _quantize_values_kernel[(triton.cdiv(tokens, tile), batch * heads)](
         states, *states.stride()[:3], span.begin, span.count, span.start, threshold,
         values.codes, _or(values.scale, values.codes), _or(values.offset, values.codes), heads, values.entries,
         LEVELS=values.levels, KIND=values.offset_kind, PER_TOKEN=values.granularity == "per_token", GROUP=values.group_size,
         IS_BYTES=values.is_bytes, HAS_SCALE=values.scale is not None, HAS_OFFSET=values.offset is not None,
-        WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(max(width, 16)), TOKENS=TOKENS, num_warps=4,
+        WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(max(width, 16)), TOKENS=tile,
+        num_warps=8 if tile == 128 else 4,
     )  # fmt: skip
     return values
 
