@@ -143,7 +143,7 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "min-max of 1 bit": (half, [0], [64], [0], (Segment(64, 1, "minimum"),), 32, False),
         "groups of 64": (half, [1], [64], [64], (wide, Segment(32, 1, "mean")), 64, True),
         "groups of 128": (brain, [0], [128], [0], (wide, Segment(32, 1, "mean")), 128, False),
-        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 32], [0, 64, 32], (wide, real, imaginary), 32, True),
+        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 45], [0, 64, 32], (wide, real, imaginary), 32, True),
     }
     return {name: _case(device, *call) for name, call in calls.items()}
 

@@ -105,7 +105,7 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "ternary without scale": (half, [0], [32], [0], {**ternary, "is_scaled": False}),
         "ternary, five a byte": (half, [1], [64], [32], {**ternary, "is_bytes": True}),
         "ternary per token": (half, [0], [96], [0], {**ternary, "granularity": "per_token"}),
-        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 32], [0, 64, 32], ternary),
+        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 45], [0, 64, 32], ternary),
         "more tokens than one program takes": (half, [0], [160], [0], ternary),
         "min-max of 2 bits": (half, [0], [64], [0], minmax),
         "min-max of 2 bits per token": (half, [2], [64], [32], {**minmax, "granularity": "per_token"}),
