@@ -306,11 +306,8 @@ def _dot(left, right, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _dot_exactly(left, right, COMPUTE: tl.constexpr):
-    """A product whose left side is float32, taken as two terms of the lower precision."""
-    product = _dot(left, right, COMPUTE)
-    if COMPUTE != tl.float32:
-        product += _dot(left - left.to(COMPUTE).to(tl.float32), right, COMPUTE)
-    return product
+    """A product whose left side keeps the accuracy of float32, as two terms of the lower precision."""
+    return _dot(left, right, COMPUTE) + _dot(left - left.to(COMPUTE).to(tl.float32), right, COMPUTE)
 
 
 @triton.jit
@@ -353,10 +350,10 @@ def _history_kernel(
     FACTOR: tl.constexpr = -0.5 if LEVELS == 2 else 4.0
     BASE: tl.constexpr = (0.5 if LEVELS == 2 else 0.0) - MIDDLE
     STATIC_SCALE: tl.constexpr = HAS_SCALE and not PER_TOKEN
-    # Offsets that do not change within half a block are added once for its 16 tokens, times the sum of their weights. In float32
-    # that would cost accuracy for the base, because it nearly cancels what codes add.
-    LATE_BASE: tl.constexpr = not PER_TOKEN and BASE != 0 and COMPUTE != tl.float32
-    LATE_OFFSETS: tl.constexpr = LATE_BASE or (HAS_OFFSET and not PER_TOKEN)
+    # What a half has in common is added once for its 16 tokens: to keys by a product with the query, to values by a product with
+    # the sum of their weights. In float32 that would cost accuracy, because it nearly cancels what codes add.
+    IS_SINGLE: tl.constexpr = COMPUTE == tl.float32
+    LATE_OFFSETS: tl.constexpr = (BASE != 0 or HAS_OFFSET) and not PER_TOKEN and not IS_SINGLE
     batch, head, query_head, is_head = _program_heads(HEADS, PER_HEAD, BLOCK_HEADS, HEAD_BLOCKS)
     row = batch * HEADS + head
     split = tl.program_id(0)
@@ -433,8 +430,8 @@ def _history_kernel(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                wide_factor = (scale * 4)[None, :, :]
-                if WIDE_HAS_BASE:
+                wide_factor, wide_base = (scale * 4)[None, :, :], base[None, :, :]
+                if WIDE_HAS_BASE and not IS_SINGLE:
                     half_bias += _dot_exactly(base, wide_query, COMPUTE)
             if NORMAL:
                 places = key_codes_ptr + (half // 2 * WORDS)[None, :, None] + 2 * WIDE + normal[None, None, :]
@@ -443,8 +440,8 @@ def _history_kernel(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                normal_factor = (scale * -0.5)[None, :, :]
-                if NORMAL_HAS_BASE:
+                normal_factor, normal_base = (scale * -0.5)[None, :, :], base[None, :, :]
+                if NORMAL_HAS_BASE and not IS_SINGLE:
                     half_bias += _dot_exactly(base, normal_query, COMPUTE)
         bias = _to_rows(half_bias[None, :, :], BLOCK_HEADS)
         is_stored = is_half[None, :, None] & in_width[None, None, :]
@@ -456,6 +453,8 @@ def _history_kernel(
         value_group = (half * HALF // VALUE_GROUP)[None, :, None] * WIDTH + width[None, None, :]
         if STATIC_SCALE:
             value_factor *= _load_metadata(value_scale_ptr + value_group, is_stored, value_unit, VALUE_FLOAT8)
+        if HAS_OFFSET and IS_SINGLE and not PER_TOKEN:
+            value_offset = _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
         for index in range(0, HALF, AT_ONCE):
@@ -474,9 +473,12 @@ def _history_kernel(
                         0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
                     position = (token % 16 * 2).to(tl.int32)[:, None]
-                    scores += _dot(_two_bits_times_scale(wide_words, position, scale * 4), wide_query, COMPUTE)
-                    if WIDE_HAS_BASE:
+                    keys = _two_bits_times_scale(wide_words, position, scale * 4)
+                    if WIDE_HAS_BASE and IS_SINGLE:
+                        keys += base
+                    elif WIDE_HAS_BASE:
                         scores += _dot_exactly(base, wide_query, COMPUTE)
+                    scores += _dot(keys, wide_query, COMPUTE)
                 if NORMAL:
                     inside = is_held[:, None] & in_normal[None, :]
                     normal_words = tl.load((block + 2 * WIDE)[:, None] + normal[None, :], mask=inside, other=0).to(tl.uint32)
@@ -485,15 +487,22 @@ def _history_kernel(
                         WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
                     position = (token % 32).to(tl.int32)[:, None]
-                    scores += _dot(_one_bit_times_scale(normal_words, position, scale * -0.5), normal_query, COMPUTE)
-                    if NORMAL_HAS_BASE:
+                    keys = _one_bit_times_scale(normal_words, position, scale * -0.5)
+                    if NORMAL_HAS_BASE and IS_SINGLE:
+                        keys += base
+                    elif NORMAL_HAS_BASE:
                         scores += _dot_exactly(base, normal_query, COMPUTE)
+                    scores += _dot(keys, normal_query, COMPUTE)
             else:
                 if WIDE:
                     keys = _two_bits_times_scale(wide_words, 2 * (index + nth), wide_factor)
+                    if WIDE_HAS_BASE and IS_SINGLE:
+                        keys += wide_base
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_WIDE]), wide_query, COMPUTE)
                 if NORMAL:
                     keys = _one_bit_times_scale(normal_words, index + nth + start_of_half, normal_factor)
+                    if NORMAL_HAS_BASE and IS_SINGLE:
+                        keys += normal_base
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_NORMAL]), normal_query, COMPUTE)
             scores = tl.where(is_held[:, None], (scores + constant[None, :]) * scaling, LOWEST)
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
@@ -518,8 +527,10 @@ def _history_kernel(
                 values = _two_bits_times_scale(value_words, 2 * (index + nth), factor)
             else:
                 values = _one_bit_times_scale(value_words, index + nth + start_of_half, factor)
-            if BASE != 0 and not LATE_BASE:
+            if BASE != 0 and not LATE_OFFSETS:
                 values += factor * (BASE / FACTOR)
+            if HAS_OFFSET and IS_SINGLE and not PER_TOKEN:
+                values += value_offset
             values = tl.reshape(values, [ROWS, BLOCK_WIDTH])
             if PER_TOKEN and HAS_OFFSET:
                 values += _load_metadata(value_offset_ptr + place_of, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
@@ -528,16 +539,13 @@ def _history_kernel(
 
         total += tl.sum(weight_sums, axis=0)
         if LATE_OFFSETS:
-            offsets = tl.zeros([1, HALVES, BLOCK_WIDTH], tl.float32)
-            if LATE_BASE:
-                offsets += value_factor * (BASE / FACTOR)
+            offsets = value_factor * (BASE / FACTOR)
             if HAS_OFFSET:
                 offsets += _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
             offsets = tl.trans(_to_rows(offsets, BLOCK_WIDTH))
             rounded = weight_sums.to(COMPUTE)
             accumulator += _dot_exactly(offsets, rounded, COMPUTE)
-            if COMPUTE != tl.float32:
-                accumulator += _dot(offsets, weight_sums - rounded.to(tl.float32), COMPUTE)
+            accumulator += _dot(offsets, weight_sums - rounded.to(tl.float32), COMPUTE)
 
     _store_split(
         accumulator, maximum, total, sums_ptr, weights_ptr, weights_stride, splits, place + split,

@@ -48,9 +48,8 @@ def _quantize_values_kernel(
     place = row * entries + tl.load(start_ptr + batch) + first
     token, width = tl.arange(0, TOKENS), tl.arange(0, BLOCK_WIDTH)
     in_width = (width < WIDTH)[None, :]
-    position = (first + tl.load(begin_ptr + batch) + token).to(tl.int64)
-    places = batch * batch_stride + head * head_stride + position[:, None] * token_stride + width[None, :]
-    states = tl.load(states_ptr + places, mask=in_width, other=0).to(tl.float32)
+    states_ptr += batch * batch_stride + head * head_stride + (first + tl.load(begin_ptr + batch)).to(tl.int64) * token_stride
+    states = tl.load(states_ptr + token[:, None] * token_stride + width[None, :], mask=in_width, other=0).to(tl.float32)
     if PER_TOKEN:
         DIM: tl.constexpr = 2
         COLUMNS: tl.constexpr = WIDTH // GROUP
