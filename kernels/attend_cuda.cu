@@ -12,13 +12,13 @@
 //   WIDTH           channels of query and values, 64 or 128
 //   KEY_STEPS       k-steps of 16 key channels; WIDE_STEPS of them, the first ones, have 2-bit codes
 //   STORED_STEPS    first k-steps that have a stored offset
-//   FACTOR_FROM     first k-step with a channel whose offset is a multiple of its scale (KEY_STEPS: none)
+//   CHANNELS, WIDE_CHANNELS, CENTRED_FROM   key channels, those with 2-bit codes, and the first one whose middle code is not 0
 //   CHUNKS          blocks of 32 tokens in a record, which share metadata
 //   VALUE_BITS, VALUE_CENTRE (twice the middle code, if codes are centred, else 0), VALUE_STORED (offset in metadata)
 //   VALUE_SCALE     0 none, 1 per channel, 2 per token in groups of 32 channels
 //   RECORDS, WARPS, MIN_BLOCKS   records a warp takes at a time, warps a block, blocks a multiprocessor
 //   BRAIN           query, residual and output are bfloat16
-//   MAPPED          the query comes from `map_query`, in float32
+//   MAPPED          scores are of the query times a matrix; CENTERED: and of the query times a constant vector besides
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -40,8 +40,8 @@ constexpr int STORED_PAIRS = (STORED_STEPS + 1) / 2;
 constexpr int KEY_SCALE_AT = CHUNKS * KEY_CODES;
 constexpr int KEY_OFFSET_AT = KEY_SCALE_AT + KEY_PAIRS * 64;
 constexpr int KEY_RECORD = KEY_OFFSET_AT + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
-constexpr int FACTOR_PAIR = FACTOR_FROM / 2;
-constexpr int FACTOR_PAIRS = FACTOR_FROM < KEY_STEPS ? KEY_PAIRS - FACTOR_PAIR : 0;
+constexpr int FACTOR_PAIR = CENTRED_FROM / 32;
+constexpr int FACTOR_PAIRS = CENTRED_FROM < CHANNELS ? KEY_PAIRS - FACTOR_PAIR : 0;
 constexpr int OFFSET_PAIRS = STORED_PAIRS + FACTOR_PAIRS;
 constexpr int VALUE_CODES = TILES * 64 * VALUE_BITS;
 constexpr int VALUE_WORDS = TILES * VALUE_BITS / 2;
@@ -50,6 +50,7 @@ constexpr int VALUE_SCALE_AT = CHUNKS * VALUE_CODES;
 constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
+constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
 constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
@@ -118,6 +119,12 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+// What the kernel in front wrote, to be read after `wait_for_previous`: not to be moved in front of it, as loads from const memory may.
+__device__ __forceinline__ float read_fresh(const float* p) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
 // Copies of one warp, one for keys and one for values in flight. With bulk copies each side has a barrier; without, each copy is a
 // group, and they alternate, so that all but the newest having arrived means that the one wanted has.
 struct Copies {
@@ -193,35 +200,59 @@ struct Part {  // tokens in full precision
   i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
 };
 
+__device__ __forceinline__ float middle(int channel) { return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f; }
 __device__ __forceinline__ int channel_of(int tile, int row_half, int g) { return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
-       const u16* __restrict__ query, const float* __restrict__ mapped, const float* __restrict__ key_scale_max,
-       const float* __restrict__ value_scale_max, const float* __restrict__ offset_factor, Part residual, Part prefix,
-       float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, int splits,
+       const u16* __restrict__ query, const float* __restrict__ key_scale_max,
+       const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
+       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix,
+       float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
        float exponent_scale) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int split = blockIdx.x % splits, tile = blockIdx.x / splits, head_blocks = (ratio + 7) / 8;
-  const int bh = tile / head_blocks, batch = bh / heads, first_head = tile % head_blocks * 8;
-  const int head_count = min(8, ratio - first_head);
+  const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
+  const int head_blocks = ratio <= 8 ? 1 : (ratio + 7) / 8, head = head_blocks == 1 ? blockIdx.y : blockIdx.y / head_blocks;
+  const int first_head = (blockIdx.y - head * head_blocks) * 8, head_count = min(8, ratio - first_head);
+  const int bh = batch * heads + head;
   const i64 query_row = (i64)bh * ratio + first_head;
   start_dependents();
 
-  // The share of this warp: a run of records, and some units of 16 tokens in full precision, each counted as several records.
+  // Everything small is asked for before the first of it is needed.
   const int length = keys ? lengths[batch] : 0;
   const int residual_length = residual.lengths[batch], prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
+  const float key_bound = keys ? key_scale_max[bh] : 1.f, value_bound = keys && VALUE_SCALE == 2 ? value_scale_max[bh] : 1.f;
+  u32 words[TILES][2];
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++)
+      words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
+#if MAPPED
+  const u8* const matrix = rotation + batch * rotation_batch + head * rotation_head + lane * 16;
+  uint4 terms[TILES][2];
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int i = 0; i < 2; i++) terms[j][i] = *reinterpret_cast<const uint4*>(matrix + ((min(warp, KEY_STEPS - 1) * TILES + j) * 2 + i) * 512);
+#endif
+
+  // The share of this warp: a run of records, and some units of 16 tokens in full precision, each counted as several records.
   const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
   const int prefix_units = (prefix_length + 15) / 16, units = prefix_units + (residual_length + 15) / 16;
-  const int workers = splits * WARPS, worker = split * WARPS + warp;
-  const int unit_cost = units <= workers ? min((3 + CHUNKS - 1) / CHUNKS, records / workers) : 0;
-  const int total = records + unit_cost * units, share = total / workers, rest = total % workers;
-  const int unit_share = units / workers, unit_rest = units % workers;
-  const int first_unit = worker * unit_share + worker * unit_rest / workers;
-  const int last_unit = (worker + 1) * unit_share + (worker + 1) * unit_rest / workers;
-  const int first = worker * share + worker * rest / workers - unit_cost * first_unit;
-  const int count = (worker + 1) * share + (worker + 1) * rest / workers - unit_cost * last_unit - first;
+  const u32 workers = splits * WARPS, worker = split * WARPS + warp;
+  constexpr int UNIT_COST = (3 + CHUNKS - 1) / CHUNKS;
+  int unit_cost = 0;
+#pragma unroll
+  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && records >= k * workers;
+  // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up.
+  auto part = [&](u32 share, u32 rest, u32 i) { return (int)(i * share + __umulhi(i * rest, reciprocal)); };
+  const u32 total = records + unit_cost * units, share = total / workers, rest = total - share * workers;
+  const u32 unit_share = (u32)units < workers ? 0 : units / workers, unit_rest = units - unit_share * workers;
+  const int first_unit = part(unit_share, unit_rest, worker), last_unit = part(unit_share, unit_rest, worker + 1);
+  const int first = part(share, rest, worker) - unit_cost * first_unit;
+  const int count = part(share, rest, worker + 1) - unit_cost * last_unit - first;
   const bool cut = length % RECORD_TOKENS && count > 0 && first + count == records;  // ends in a record that is not full
 
   u8* const key_slot = shared + warp * SLOT;
@@ -240,63 +271,104 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
   u32 q[KEY_STEPS][2];
-  float shift_own;      // what was taken out of head g, a power of two
-  float centre_own = 0.f;  // query times the center of keys
+  float shift_own = 1.f;   // what was taken out of head g, a power of two
+  float centre_own = 0.f;  // query times center
+  float x[KEY_STEPS][2][2];
+  auto largest = [&](float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+  };
+  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
+#if CENTERED
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) {
+      const float2 two = *reinterpret_cast<const float2*>(center + batch * center_batch + head * center_head + 16 * j + 8 * kh + 2 * t);
+      centre_own = fmaf(input_low(words[j][kh]), two.x, fmaf(input_high(words[j][kh]), two.y, centre_own));
+    }
+  centre_own += __shfl_xor_sync(~0u, centre_own, 1);
+  centre_own += __shfl_xor_sync(~0u, centre_own, 2);
+#endif
+#if MAPPED
+  // 16 key channels a warp: the matrix in two terms of half precision, the query exact but for a power of two.
   {
-    float x[KEY_STEPS][2][2];
-    float largest = 0.f;
-    if (MAPPED) wait_for_previous();
+    float most = 0.f;
 #pragma unroll
-    for (int j = 0; j < KEY_STEPS; j++)
+    for (int j = 0; j < TILES; j++)
 #pragma unroll
-      for (int kh = 0; kh < 2; kh++) {
-        const int channel = 16 * j + 8 * kh + 2 * t;
-        x[j][kh][0] = x[j][kh][1] = 0.f;
-        if (g < head_count) {
-#if MAPPED
-          const float2 two = *reinterpret_cast<const float2*>(mapped + (query_row + g) * (KEY_STEPS * 16 + 4) + channel);
-          x[j][kh][0] = two.x;
-          x[j][kh][1] = two.y;
-#else
-          const u32 two = *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + channel);
-          x[j][kh][0] = input_low(two);
-          x[j][kh][1] = input_high(two);
-#endif
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
+    const int e = exponent(largest(most), 0);
+    shift_own = power(e);
+    const float down = power(-e);
+    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * 16 + OFFSET_PAIRS * 512);
+    for (int step = warp; step < KEY_STEPS; step += WARPS) {
+      float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < TILES; j++) {
+        const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
+        const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
+        if (step != warp) {
+#pragma unroll
+          for (int i = 0; i < 2; i++) terms[j][i] = *reinterpret_cast<const uint4*>(matrix + ((step * TILES + j) * 2 + i) * 512);
         }
-        largest = fmaxf(largest, fmaxf(fabsf(x[j][kh][0]), fabsf(x[j][kh][1])));
+        mma(even, terms[j][0].x, terms[j][0].y, terms[j][0].z, terms[j][0].w, b0, b1, even);
+        mma(odd, terms[j][1].x, terms[j][1].y, terms[j][1].z, terms[j][1].w, b0, b1, odd);
       }
-#if MAPPED
-    if (g < head_count) centre_own = mapped[(query_row + g) * (KEY_STEPS * 16 + 4) + KEY_STEPS * 16];
-#endif
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    largest *= keys ? fmaxf(1.f, key_scale_max[bh]) : 1.f;
-    const int exponent = max(-100, min(100, (int)(__float_as_uint(largest) >> 23) - 127 - 13));
-    shift_own = power(exponent);
-    const float down = power(-exponent);
-    centre_own *= down;
+#pragma unroll
+      for (int k = 0; k < 4; k++) mapped[(2 * t + (k & 1)) * MAPPED_ROW + 16 * step + 8 * (k >> 1) + g] = even[k] + odd[k];
+    }
+    __syncthreads();
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++)
 #pragma unroll
       for (int kh = 0; kh < 2; kh++) {
-        const float f = down * (kh ? 0.25f : 1.f) * (j >= WIDE_STEPS && (j - WIDE_STEPS) % 2 ? 0.5f : 1.f);
+        const float2 two = *reinterpret_cast<const float2*>(mapped + g * MAPPED_ROW + 16 * j + 8 * kh + 2 * t);
+        x[j][kh][0] = two.x;
+        x[j][kh][1] = two.y;
+      }
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) {
+      x[j][kh][0] = input_low(words[j][kh]);
+      x[j][kh][1] = input_high(words[j][kh]);
+    }
+#endif
+  {
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(x[j][kh][0]), fabsf(x[j][kh][1])));
+    const int e = exponent(largest(most) * fmaxf(1.f, key_bound), 13);
+    shift_own *= power(e);
+    const float down = power(-e);
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        x[j][kh][0] *= down;
+        x[j][kh][1] *= down;
+        const float f = (kh ? 0.25f : 1.f) * (j >= WIDE_STEPS && (j - WIDE_STEPS) % 2 ? 0.5f : 1.f);
         q[j][kh] = pack_half(x[j][kh][0] * f, x[j][kh][1] * f);
       }
     if (warp == 0) {
 #pragma unroll
       for (int p = 0; p < OFFSET_PAIRS; p++) {
-        u32 w[2][2];
+        u32 w[2][2] = {{0u, 0u}, {0u, 0u}};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
           const bool is_stored = p < STORED_PAIRS;
           const int j = is_stored ? 2 * p + i : 2 * (FACTOR_PAIR + p - STORED_PAIRS) + i;
+          if (j < (is_stored ? STORED_STEPS : KEY_STEPS)) {
 #pragma unroll
-          for (int kh = 0; kh < 2; kh++) {
-            w[i][kh] = 0;
-            if (j < (is_stored ? STORED_STEPS : KEY_STEPS)) {
+            for (int kh = 0; kh < 2; kh++) {
               const int channel = 16 * j + 8 * kh + 2 * t;
-              const float f0 = is_stored ? 1.f : offset_factor[channel], f1 = is_stored ? 1.f : offset_factor[channel + 1];
-              w[i][kh] = pack_half(x[j < KEY_STEPS ? j : 0][kh][0] * down * f0, x[j < KEY_STEPS ? j : 0][kh][1] * down * f1);
+              const float f0 = is_stored ? 1.f : -middle(channel), f1 = is_stored ? 1.f : -middle(channel + 1);
+              w[i][kh] = pack_half(x[j < KEY_STEPS ? j : 0][kh][0] * f0, x[j < KEY_STEPS ? j : 0][kh][1] * f1);
             }
           }
         }
@@ -304,16 +376,18 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       }
     }
   }
-  // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8); these turn them into exponents of 2, heads 2 t and 2 t + 1.
+  // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8), their offsets in units of 1; these turn them into exponents
+  // of 2, for heads 2 t and 2 t + 1.
   const float shift0 = __shfl_sync(~0u, shift_own, 8 * t), shift1 = __shfl_sync(~0u, shift_own, 8 * t + 4);
   const float low0 = exponent_scale * 16777216.f * shift0, low1 = exponent_scale * 16777216.f * shift1;
-  const float high0 = low0 * 0.0625f, high1 = low1 * 0.0625f;
-  const float centre0 = __shfl_sync(~0u, centre_own, 8 * t), centre1 = __shfl_sync(~0u, centre_own, 8 * t + 4);
+  const float high0 = low0 * 0.0625f, high1 = low1 * 0.0625f, one0 = exponent_scale * shift0, one1 = exponent_scale * shift1;
+  const float centre0 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t) : 0.f;
+  const float centre1 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t + 4) : 0.f;
   // Probabilities are kept large, because half precision has little room below; what they are multiplied with must leave room above.
   float bias = 7.f;
   if (VALUE_SCALE == 2) {
-    const int e = (int)(__float_as_uint(fmaxf(1.f, value_scale_max[bh])) >> 23) - 126;
-    bias -= value_scale_max[bh] > 1.f ? (float)e : 0.f;
+    const int e = (int)(__float_as_uint(value_bound) >> 23) - 126;
+    bias -= value_bound > 1.f ? (float)e : 0.f;
   }
   if (OFFSET_PAIRS > 0) __syncthreads();
 
@@ -360,7 +434,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   // Tokens in full precision, 16 at a time, straight from memory: a lane takes 8 channels of rows g and g + 8. Channel order does
   // not matter to scores; in the output it is `channel_of`, which is why values are packed in that order.
   if (first_unit < last_unit) {
-    const int head = bh % heads;
     const u16* residual_keys = residual.keys + batch * residual.key_batch + head * residual.key_head;
     const u16* residual_values = residual.values + batch * residual.value_batch + head * residual.value_head;
     const u16* prefix_keys = prefix.keys + batch * prefix.key_batch + head * prefix.key_head;
@@ -436,7 +509,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     constexpr bool full = decltype(is_full)::value;
     const int present = full ? RECORDS : count - at;
     copies.wait(0);
-    float offset0 = centre0 * CODE_UNIT, offset1 = centre1 * CODE_UNIT;
+    float offset0 = 0.f, offset1 = 0.f;  // of scores, the same for all tokens of record g
     if constexpr (OFFSET_PAIRS > 0) {
       // Rows are records. Registers 0 and 2 of a quad belong to rows g, 1 and 3 to rows g + 8; the halves that do not match are ignored.
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
@@ -456,8 +529,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         mma(even, a.x, a.y, a.z, a.w, b.x, b.y, even);
         mma(odd, a.x, a.y, a.z, a.w, b.z, b.w, odd);
       }
-      offset0 += (even[0] + odd[2]) * CODE_UNIT;
-      offset1 += (even[1] + odd[3]) * CODE_UNIT;
+      offset0 = even[0] + odd[2];
+      offset1 = even[1] + odd[3];
     }
     float s[RECORDS * CHUNKS][2][4];
 #pragma unroll
@@ -470,11 +543,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         continue;
       }
       const u8* record = key_slot + i * KEY_RECORD;
-      float start[4];
-      start[0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
-      start[1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
-      start[2] = start[0] * 16.f;
-      start[3] = start[1] * 16.f;
       u32 b[KEY_STEPS + 1][2];
 #pragma unroll
       for (int p = 0; p < KEY_PAIRS; p++) {
@@ -490,7 +558,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       for (int c = 0; c < CHUNKS; c++) {
         float(&sc)[2][4] = s[i * CHUNKS + c];
 #pragma unroll
-        for (int k = 0; k < 4; k++) sc[0][k] = sc[1][k] = start[k];
+        for (int k = 0; k < 4; k++) sc[0][k] = sc[1][k] = 0.f;
         const u8* codes = record + c * KEY_CODES;
         if constexpr (WIDE_STEPS > 0) {
           u32 words[WIDE_STEPS > 0 ? WIDE_STEPS : 1];
@@ -540,19 +608,23 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     __syncwarp();
     start_keys(at + RECORDS);
 
-    float x0 = NEVER, x1 = NEVER, y0 = NEVER, y1 = NEVER;
+    offset0 = fmaf(offset0, one0, centre0);
+    offset1 = fmaf(offset1, one1, centre1);
+    float o[RECORDS][2], x0 = NEVER, x1 = NEVER;
 #pragma unroll
-    for (int i = 0; i < RECORDS * CHUNKS; i++)
+    for (int i = 0; i < RECORDS; i++) {
+      o[i][0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
+      o[i][1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
+      if (!full && i >= present) continue;
+      float top[4] = {NEVER, NEVER, NEVER, NEVER};
 #pragma unroll
-      for (int token_tile = 0; token_tile < 2; token_tile++) {
-        x0 = fmaxf(x0, s[i][token_tile][0]);
-        x1 = fmaxf(x1, s[i][token_tile][1]);
-        y0 = fmaxf(y0, s[i][token_tile][2]);
-        y1 = fmaxf(y1, s[i][token_tile][3]);
-      }
-    raise(fmaxf(x0 * low0, y0 * high0), fmaxf(x1 * low1, y1 * high1));
-    // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
-    const float minus[4] = {bias - top0, bias - top1, bias - 2.f - top0, bias - 2.f - top1};
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int k = 0; k < 8; k++) top[k & 3] = fmaxf(top[k & 3], s[i * CHUNKS + c][k >> 2][k & 3]);
+      x0 = fmaxf(x0, fmaf(fmaxf(top[0], top[2] * 0.0625f), low0, o[i][0]));
+      x1 = fmaxf(x1, fmaf(fmaxf(top[1], top[3] * 0.0625f), low1, o[i][1]));
+    }
+    raise(x0, x1);
 
     copies.wait(1);
 #pragma unroll
@@ -560,6 +632,9 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       if (!full && i >= present) continue;
       const u8* record = value_slot + i * VALUE_RECORD;
       u32 b[CHUNKS][2][2];
+      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
+      const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
+      const float minus[4] = {minus0, minus1, minus0 - 2.f, minus1 - 2.f};
       float own[4] = {0.f, 0.f, 0.f, 0.f};  // sum of the probabilities of this record, on every lane
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
@@ -671,7 +746,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
   // Merge the warps of this block: output channel by channel for each head, in units of probability.
   __syncthreads();
-  constexpr int ROW = WIDTH + 4;
+  constexpr int ROW = WIDTH + 1;
   float* const gathered = reinterpret_cast<float*>(shared);  // [WARPS][8][ROW]
   float* const weights = gathered + WARPS * 8 * ROW;          // [WARPS][8][2]
   const float all0 = full0 + sum[0], all1 = full1 + sum[1];
@@ -711,24 +786,27 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   }
   __syncthreads();
   for (int i = threadIdx.x; i < head_count * (WIDTH / 2); i += WARPS * 32) {
-    const int head = i / (WIDTH / 2), channel = i % (WIDTH / 2) * 2;
+    const int row_head = i / (WIDTH / 2), channel = i % (WIDTH / 2);
     float top = LOWEST, n0 = 0.f, n1 = 0.f, weight = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) top = fmaxf(top, weights[(w * 8 + head) * 2]);
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, weights[(w * 8 + row_head) * 2]);
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      const float e = exp2_fast(weights[(w * 8 + head) * 2] - top);
-      const float2 two = *reinterpret_cast<const float2*>(gathered + (w * 8 + head) * ROW + channel);
-      n0 = fmaf(e, two.x, n0);
-      n1 = fmaf(e, two.y, n1);
-      weight = fmaf(e, weights[(w * 8 + head) * 2 + 1], weight);
+      const float e = exp2_fast(weights[(w * 8 + row_head) * 2] - top);
+      const float* states = gathered + (w * 8 + row_head) * ROW + channel;
+      n0 = fmaf(e, states[0], n0);
+      n1 = fmaf(e, states[WIDTH / 2], n1);
+      weight = fmaf(e, weights[(w * 8 + row_head) * 2 + 1], weight);
     }
-    const float inverse = weight > 0.f ? 1.f / weight : 0.f;
-    const i64 row = query_row + head;
+    const float inverse = weight > 0.f ? __fdividef(1.f, weight) : 0.f;
+    const i64 row = query_row + row_head;
     if (splits == 1) {
-      *reinterpret_cast<u32*>(out + row * WIDTH + channel) = pack_input(n0 * inverse, n1 * inverse);
+      out[row * WIDTH + channel] = (u16)(pack_input(n0 * inverse, 0.f) & 0xffffu);
+      out[row * WIDTH + channel + WIDTH / 2] = (u16)(pack_input(n1 * inverse, 0.f) & 0xffffu);
     } else {
-      *reinterpret_cast<float2*>(partial + (row * splits + split) * WIDTH + channel) = make_float2(n0 * inverse, n1 * inverse);
+      float* state = partial + (row * splits + split) * WIDTH + channel;
+      state[0] = n0 * inverse;
+      state[WIDTH / 2] = n1 * inverse;
       if (channel == 0) partial_weight[row * splits + split] = weight > 0.f ? top + log2_fast(weight) : LOWEST;
     }
   }
@@ -750,8 +828,8 @@ merge(const float* __restrict__ partial, const float* __restrict__ partial_weigh
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
       const int split = first + 4 * k;
-      weight[k] = split < splits ? weights[split] : NEVER;
-      state[k] = split < splits ? states[(i64)split * WIDTH] : 0.f;
+      weight[k] = split < splits ? read_fresh(weights + split) : NEVER;
+      state[k] = split < splits ? read_fresh(states + (i64)split * WIDTH) : 0.f;
     }
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) highest = fmaxf(highest, weight[k]);
@@ -783,46 +861,5 @@ merge(const float* __restrict__ partial, const float* __restrict__ partial_weigh
     }
     const float mine = d > 0.f ? n / d : 0.f;
     out[row * WIDTH + channel] = (u16)(pack_input(mine, 0.f) & 0xffffu);
-  }
-}
-
-// mapped[row][c] = sum over d of query[row][d] rotation[d][c], and query times center behind the channels. A block has 16 key channels
-// and the query heads of one key/value head.
-extern "C" __global__ void __launch_bounds__(256)
-map_query(const u16* __restrict__ query, const float* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
-          const float* __restrict__ center, i64 center_batch, i64 center_head, float* __restrict__ mapped, int channels, int heads, int ratio) {
-  __shared__ float matrix[16][WIDTH + 4], states[8][WIDTH + 4];
-  const int bh = blockIdx.y, batch = bh / heads, head = bh % heads, from = blockIdx.x * 16, thread = threadIdx.x;
-  start_dependents();
-  const float* rows = rotation ? rotation + batch * rotation_batch + head * rotation_head : nullptr;
-  const bool is_center = from == KEY_STEPS * 16;
-  for (int i = thread; i < 16 * WIDTH; i += 256) {
-    const int c = i % 16, d = i / 16;
-    float x = 0.f;
-    if (is_center) x = c == 0 && center ? center[batch * center_batch + head * center_head + d] : 0.f;
-    else if (from + c < channels) x = rows ? rows[(i64)d * channels + from + c] : (d == from + c ? 1.f : 0.f);
-    matrix[c][d] = x;
-  }
-  for (int first = 0; first < ratio; first += 8) {
-    const int count = min(8, ratio - first);
-    __syncthreads();
-    for (int i = thread; i < count * (WIDTH / 2); i += 256) {
-      const u32 two = reinterpret_cast<const u32*>(query + ((i64)bh * ratio + first) * WIDTH)[i];
-      states[i / (WIDTH / 2)][i % (WIDTH / 2) * 2] = input_low(two);
-      states[i / (WIDTH / 2)][i % (WIDTH / 2) * 2 + 1] = input_high(two);
-    }
-    __syncthreads();
-    const int row = thread & 7, half = thread >> 3 & 1, c = thread >> 4;
-    float x = 0.f;
-    if (row < count) {
-#pragma unroll
-      for (int d = 0; d < WIDTH / 2; d += 4) {
-        const float4 a = *reinterpret_cast<const float4*>(&matrix[c][half * (WIDTH / 2) + d]);
-        const float4 b = *reinterpret_cast<const float4*>(&states[row][half * (WIDTH / 2) + d]);
-        x = fmaf(a.x, b.x, fmaf(a.y, b.y, fmaf(a.z, b.z, fmaf(a.w, b.w, x))));
-      }
-    }
-    x += __shfl_xor_sync(~0u, x, 8);
-    if (row < count && half == 0 && from + c < KEY_STEPS * 16 + 4) mapped[((i64)bh * ratio + first + row) * (KEY_STEPS * 16 + 4) + from + c] = x;
   }
 }

@@ -94,9 +94,10 @@ def attend(
     tiles = batch * heads * -(-ratio // HEADS_AT_ONCE)
     if plan is None:
         plan = _choose(form, tiles, history.max_length if history is not None else 0, device)
-    is_mapped = history is not None and (history.rotation is not None or history.center is not None)
-    kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, query.dtype == torch.bfloat16, is_mapped, device)
-    return _launch(kernels, query, history, residual, prefix, scaling, plan, tiles, ratio)
+    is_mapped = history is not None and history.rotation is not None
+    is_centered = history is not None and history.center is not None
+    kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, query.dtype == torch.bfloat16, is_mapped, is_centered, device)
+    return _launch(kernels, query, history, residual, prefix, scaling, plan, ratio)
 
 
 def _check_part(name: str, part: FullPrecision, shape: tuple, query: torch.Tensor) -> None:
@@ -115,7 +116,6 @@ def _launch(
     prefix: FullPrecision | None,
     scaling: float,
     plan: Plan,
-    tiles: int,
     ratio: int,
 ) -> torch.Tensor:
     batch, query_heads, _, width = query.shape
@@ -123,49 +123,41 @@ def _launch(
     rows = batch * query_heads
     stream = torch.cuda.current_stream(query.device).cuda_stream
     out = torch.empty_like(query)
-    mapped = None
-    if kernels.is_mapped:
-        steps = history.form.key_steps
-        mapped = torch.empty(rows, steps * 16 + 4, dtype=torch.float32, device=query.device)
-        arguments = (
-            _pointer(query), _pointer(history.rotation), *_strides(history.rotation), _pointer(history.center),
-            *_strides(history.center), _pointer(mapped), ctypes.c_int(history.form.channels), ctypes.c_int(heads), ctypes.c_int(ratio),
-        )  # fmt: skip
-        nvrtc.launch(kernels.map_query, (steps + 1, batch * heads), 256, 0, stream, arguments)
     partial = weights = None
     if plan.splits > 1:
         partial = torch.empty(rows, plan.splits, width, dtype=torch.float32, device=query.device)
         weights = torch.empty(rows, plan.splits, dtype=torch.float32, device=query.device)
-    packed = [None] * 6
+    packed = [None] * 7
     if history is not None:
-        packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max, history.offset_factor]
-    keys, values, lengths, *others = map(_pointer, packed)
+        packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
+        packed += [history.rotation_fragments, history.center]
+    *_, rotation, center = packed
+    keys, values, lengths, key_bound, value_bound = map(_pointer, packed[:5])
     arguments = (
-        keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, _pointer(query), _pointer(mapped), *others,
-        _part(residual), _part(prefix), _pointer(partial), _pointer(weights), _pointer(out), ctypes.c_int(heads), ctypes.c_int(ratio),
-        ctypes.c_int(plan.splits), ctypes.c_float(scaling * 1.4426950408889634),
+        keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, _pointer(query), key_bound,
+        value_bound, _pointer(rotation), *_strides(rotation), _pointer(center), *_strides(center), _part(residual), _part(prefix), _pointer(partial), _pointer(weights), _pointer(out), ctypes.c_int(heads), ctypes.c_int(ratio),
+        ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * 1.4426950408889634),
     )  # fmt: skip
-    # Only behind map_query: any other kernel in front may be writing what this one reads first.
-    is_early = kernels.is_mapped and kernels.can_start_early
-    nvrtc.launch(kernels.attend, (tiles * plan.splits, 1), 32 * plan.warps, kernels.shared_bytes, stream, arguments, is_early=is_early)
+    grid = (plan.splits, heads * -(-ratio // HEADS_AT_ONCE), batch)
+    nvrtc.launch(kernels.attend, grid, 32 * plan.warps, kernels.shared_bytes, stream, arguments)
     if plan.splits > 1:
         arguments = (_pointer(partial), _pointer(weights), _pointer(out), ctypes.c_int(plan.splits))
-        nvrtc.launch(kernels.merge, (rows, 1), 4 * width, 0, stream, arguments, is_early=kernels.can_start_early)
+        nvrtc.launch(kernels.merge, (rows, 1, 1), 4 * width, 0, stream, arguments, is_early=kernels.can_start_early)
     return out
 
 
 @dataclass(frozen=True)
 class _Kernels:
-    map_query: Any
     attend: Any
     merge: Any
     shared_bytes: int
-    is_mapped: bool
     can_start_early: bool
 
 
 @functools.cache
-def _kernels(form: Form, chunks: int, warps: int, blocks: int, is_brain: bool, is_mapped: bool, device: torch.device) -> _Kernels:
+def _kernels(
+    form: Form, chunks: int, warps: int, blocks: int, is_brain: bool, is_mapped: bool, is_centered: bool, device: torch.device
+) -> _Kernels:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
         raise nvrtc.KernelError(f"{device} has compute capability {capability[0]}.{capability[1]}; the CUDA kernels need 8.0 or newer")
@@ -176,27 +168,22 @@ def _kernels(form: Form, chunks: int, warps: int, blocks: int, is_brain: bool, i
         "MIN_BLOCKS": blocks,
         "BRAIN": int(is_brain),
         "MAPPED": int(is_mapped),
+        "CENTERED": int(is_centered),
     }
     code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), constants, capability)
     shared_bytes = _shared_bytes(form, chunks, warps)
     with torch.cuda.device(device):
         torch.cuda.current_stream()
         module = nvrtc.load(code)
-        return _Kernels(
-            nvrtc.function(module, "map_query"),
-            nvrtc.function(module, "attend", shared_bytes),
-            nvrtc.function(module, "merge"),
-            shared_bytes,
-            is_mapped,
-            capability >= (9, 0),
-        )
+        attend_kernel, merge_kernel = nvrtc.function(module, "attend", shared_bytes), nvrtc.function(module, "merge")
+    return _Kernels(attend_kernel, merge_kernel, shared_bytes, capability >= (9, 0))
 
 
 def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     records = max(1, chunks // form.chunks)
     slots = warps * (records * (form.key_record_bytes + form.value_record_bytes) + 16)
-    offset_pairs = -(-form.stored_steps // 2) + (-(-form.key_steps // 2) - form.factor_from // 2 if form.factor_from < form.key_steps else 0)
-    return max(slots + 512 * offset_pairs, warps * 8 * (form.width + 6) * 4)
+    mapped = 8 * (16 * form.key_steps + 4) * 4
+    return max(slots + 512 * form.offset_pairs + mapped, warps * 8 * (form.width + 3) * 4)
 
 
 @functools.cache

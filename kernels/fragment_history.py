@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from vidkv_kernels.fragments import Form, pack_keys, pack_values, unpack_keys, unpack_values
+from vidkv_kernels.fragments import Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
 from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
 
 
@@ -29,6 +29,7 @@ class FragmentHistory:
         max_length: an upper bound of `lengths` known without asking the device.
         key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
         rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
+        rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
         center: float32 [B or 1, H or 1, D], was subtracted from keys before rotation. None: nothing was.
     """
 
@@ -58,8 +59,8 @@ class FragmentHistory:
         self.max_length = 0
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
-        self.offset_factor = -torch.tensor(form.middles, device=device)
         self.rotation = rotation
+        self.rotation_fragments = None if rotation is None else pack_rotation(form, rotation)
         self.center = center
 
     @classmethod
@@ -104,7 +105,7 @@ class FragmentHistory:
         batch, heads = self.keys.shape[:2]
         record = self.form.key_record_bytes + self.form.value_record_bytes
         own = batch * heads * -(-self.max_length // self.form.group_size) * record
-        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.offset_factor, self.rotation, self.center)
+        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.rotation_fragments, self.center)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None)
 
     def reserve(self, capacity: int) -> None:

@@ -87,6 +87,12 @@ class Form:
         return sum(segment.channels for segment in self.segments)
 
     @property
+    def offset_pairs(self) -> int:
+        """Pairs of fragments whose metadata add an offset to scores: those stored, and those of channels with a middle."""
+        factors = -(-self.key_steps // 2) - self.centred_from // (2 * STEP) if self.centred_from < self.channels else 0
+        return -(-self.stored_steps // 2) + factors
+
+    @property
     def chunks(self) -> int:
         """Blocks of 32 tokens in a record."""
         return self.group_size // TOKENS
@@ -112,15 +118,9 @@ class Form:
         return -(-self.stored_offsets // STEP)
 
     @property
-    def middles(self) -> list[float]:
-        """The middle code of each key channel, missing ones included."""
-        middles = [segment.middle for segment in self.segments for _ in range(segment.channels)]
-        return middles + [0.0] * (self.key_steps * STEP - len(middles))
-
-    @property
-    def factor_from(self) -> int:
-        """First fragment with a middle that is not zero; `key_steps` if there is none."""
-        return next((i for i, middle in enumerate(self.middles) if middle), self.key_steps * STEP) // STEP
+    def centred_from(self) -> int:
+        """First key channel with a middle that is not zero; C if there is none."""
+        return sum(segment.channels for segment in self.segments if segment.offset not in CENTRED_KINDS)
 
     @property
     def value_bits(self) -> int:
@@ -168,7 +168,9 @@ class Form:
             "KEY_STEPS": self.key_steps,
             "WIDE_STEPS": self.wide_steps,
             "STORED_STEPS": self.stored_steps,
-            "FACTOR_FROM": self.factor_from,
+            "CHANNELS": self.channels,
+            "WIDE_CHANNELS": sum(segment.channels for segment in self.segments if segment.nbits == 2),
+            "CENTRED_FROM": self.centred_from,
             "CHUNKS": self.chunks,
             "VALUE_BITS": self.value_bits,
             "VALUE_CENTRE": self.value_centre,
@@ -210,6 +212,16 @@ def unpack_keys(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, torch.
     scale = _unpack_key_metadata(metadata[..., :scale_bytes])[..., : form.channels]
     offset = _unpack_key_metadata(metadata[..., scale_bytes:])[..., : form.stored_offsets] if form.stored_steps else None
     return codes, scale, offset
+
+
+def pack_rotation(form: Form, rotation: torch.Tensor) -> torch.Tensor:
+    """Bring a map of the query, float32 [.., D, C], to fragments of two float16 terms whose sum it is, uint8 [.., bytes]."""
+    padded = torch.nn.functional.pad(rotation, (0, form.key_steps * STEP - form.channels))
+    coarse = padded.half()
+    terms = torch.stack([coarse, (padded - coarse.float()).half()], dim=-3)
+    # [.., term, k, kh, t, e, step, rr, g] to [.., step, k, term, g, t, kh, rr, e]
+    fields = terms.unflatten(-1, (-1, 2, 8)).unflatten(-4, (-1, 2, 4, 2))
+    return fields.movedim((-3, -7, -8, -1, -5, -6, -2, -4), (-8, -7, -6, -5, -4, -3, -2, -1)).contiguous().flatten(-8).view(torch.uint8)
 
 
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:

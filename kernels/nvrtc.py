@@ -71,12 +71,12 @@ def function(module: Any, name: str, shared_bytes: int = 0) -> Any:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, int], threads: int, shared_bytes: int, stream: int, arguments: tuple, *, is_early: bool = False
+    kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, arguments: tuple, *, is_early: bool = False
 ) -> None:
     """Launch a kernel.
 
     Args:
-        grid: blocks in x and y.
+        grid: blocks in x, y and z.
         threads: of a block.
         stream: handle of the stream.
         arguments: ctypes values, one for each parameter.
@@ -84,7 +84,7 @@ def launch(
     """
     driver = _bindings("driver")
     config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = *grid, 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes = shared_bytes
     config.hStream = stream
