@@ -50,6 +50,7 @@ constexpr int VALUE_SCALE_AT = CHUNKS * VALUE_CODES;
 constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
+constexpr int SUMS = RECORDS * CHUNKS <= 2 ? 2 : 1;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
 constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
 constexpr float NEVER = -3e38f;
@@ -231,28 +232,27 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
 #if MAPPED
   const u8* const matrix = rotation + batch * rotation_batch + head * rotation_head + lane * 16;
-  uint4 terms[TILES][2];
+  uint4 columns[TILES];
 #pragma unroll
-  for (int j = 0; j < TILES; j++)
-#pragma unroll
-    for (int i = 0; i < 2; i++) terms[j][i] = *reinterpret_cast<const uint4*>(matrix + ((min(warp, KEY_STEPS - 1) * TILES + j) * 2 + i) * 512);
+  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
 #endif
 
-  // The share of this warp: a run of records, and some units of 16 tokens in full precision, each counted as several records.
-  const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
+  // The share of this warp: a run of steps of RECORDS records, and some units of 16 tokens in full precision, which take about as long
+  // as 3 records and are counted as steps.
+  const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS, steps = (records + RECORDS - 1) / RECORDS;
   const int prefix_units = (prefix_length + 15) / 16, units = prefix_units + (residual_length + 15) / 16;
   const u32 workers = splits * WARPS, worker = split * WARPS + warp;
-  constexpr int UNIT_COST = (3 + CHUNKS - 1) / CHUNKS;
+  constexpr int UNIT_COST = (3 + RECORDS * CHUNKS - 1) / (RECORDS * CHUNKS);
   int unit_cost = 0;
 #pragma unroll
-  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && records >= k * workers;
+  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && steps >= k * workers;
   // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up.
   auto part = [&](u32 share, u32 rest, u32 i) { return (int)(i * share + __umulhi(i * rest, reciprocal)); };
-  const u32 total = records + unit_cost * units, share = total / workers, rest = total - share * workers;
+  const u32 total = steps + unit_cost * units, share = total / workers, rest = total - share * workers;
   const u32 unit_share = (u32)units < workers ? 0 : units / workers, unit_rest = units - unit_share * workers;
   const int first_unit = part(unit_share, unit_rest, worker), last_unit = part(unit_share, unit_rest, worker + 1);
-  const int first = part(share, rest, worker) - unit_cost * first_unit;
-  const int count = part(share, rest, worker + 1) - unit_cost * last_unit - first;
+  const int first = (part(share, rest, worker) - unit_cost * first_unit) * RECORDS;
+  const int count = min(records, (part(share, rest, worker + 1) - unit_cost * last_unit) * RECORDS) - first;
   const bool cut = length % RECORD_TOKENS && count > 0 && first + count == records;  // ends in a record that is not full
 
   u8* const key_slot = shared + warp * SLOT;
@@ -268,6 +268,27 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   start_keys(0);
   start_values(0);
   __syncwarp();
+
+  // A unit of tokens in full precision, straight from memory: a lane takes 8 channels, in each 32, of rows g and g + 8.
+  uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
+  auto load_unit = [&](int unit) {
+    const bool is_prefix = unit < prefix_units;
+    const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
+    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
+    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head : residual.keys + batch * residual.key_batch + head * residual.key_head;
+    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head : residual.values + batch * residual.value_batch + head * residual.value_head;
+#pragma unroll
+    for (int rr = 0; rr < 2; rr++)
+#pragma unroll
+      for (int j = 0; j < WIDTH / 32; j++) {
+        kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
+        if (g + 8 * rr < left) {
+          kr[rr][j] = *reinterpret_cast<const uint4*>(k + (at + g + 8 * rr) * key_token + 8 * t + 32 * j);
+          vr[rr][j] = *reinterpret_cast<const uint4*>(v + (at + g + 8 * rr) * value_token + 8 * t + 32 * j);
+        }
+      }
+  };
+  if (first_unit < last_unit) load_unit(first_unit);
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
   u32 q[KEY_STEPS][2];
@@ -291,7 +312,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   centre_own += __shfl_xor_sync(~0u, centre_own, 2);
 #endif
 #if MAPPED
-  // 16 key channels a warp: the matrix in two terms of half precision, the query exact but for a power of two.
+  // 16 key channels a warp; the query is exact but for a power of two.
   {
     float most = 0.f;
 #pragma unroll
@@ -308,12 +329,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       for (int j = 0; j < TILES; j++) {
         const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
         const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
-        if (step != warp) {
-#pragma unroll
-          for (int i = 0; i < 2; i++) terms[j][i] = *reinterpret_cast<const uint4*>(matrix + ((step * TILES + j) * 2 + i) * 512);
-        }
-        mma(even, terms[j][0].x, terms[j][0].y, terms[j][0].z, terms[j][0].w, b0, b1, even);
-        mma(odd, terms[j][1].x, terms[j][1].y, terms[j][1].z, terms[j][1].w, b0, b1, odd);
+        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(matrix + (step * TILES + j) * 512);
+        mma(j % 2 ? odd : even, columns[j].x, columns[j].y, columns[j].z, columns[j].w, b0, b1, j % 2 ? odd : even);
       }
 #pragma unroll
       for (int k = 0; k < 4; k++) mapped[(2 * t + (k & 1)) * MAPPED_ROW + 16 * step + 8 * (k >> 1) + g] = even[k] + odd[k];
@@ -431,13 +448,9 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
   };
 
-  // Tokens in full precision, 16 at a time, straight from memory: a lane takes 8 channels of rows g and g + 8. Channel order does
-  // not matter to scores; in the output it is `channel_of`, which is why values are packed in that order.
+  // Tokens in full precision, 16 at a time. Channel order does not matter to scores; in the output it is `channel_of`, which is why
+  // values are packed in that order.
   if (first_unit < last_unit) {
-    const u16* residual_keys = residual.keys + batch * residual.key_batch + head * residual.key_head;
-    const u16* residual_values = residual.values + batch * residual.value_batch + head * residual.value_head;
-    const u16* prefix_keys = prefix.keys + batch * prefix.key_batch + head * prefix.key_head;
-    const u16* prefix_values = prefix.values + batch * prefix.value_batch + head * prefix.value_head;
     uint4 raw[WIDTH / 32];
 #pragma unroll
     for (int j = 0; j < WIDTH / 32; j++) {
@@ -446,23 +459,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
 #pragma unroll 1
     for (int unit = first_unit; unit < last_unit; unit++) {
-      const bool is_prefix = unit < prefix_units;
-      const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
-      const int at = (is_prefix ? unit : unit - prefix_units) * 16;
-      const int left = (is_prefix ? prefix_length : residual_length) - at;
-      const u16* k = (is_prefix ? prefix_keys : residual_keys) + at * key_token + 8 * t;
-      const u16* v = (is_prefix ? prefix_values : residual_values) + at * value_token + 8 * t;
-      uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
-#pragma unroll
-      for (int rr = 0; rr < 2; rr++)
-#pragma unroll
-        for (int j = 0; j < WIDTH / 32; j++) {
-          kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
-          if (g + 8 * rr < left) {
-            kr[rr][j] = *reinterpret_cast<const uint4*>(k + (g + 8 * rr) * key_token + 32 * j);
-            vr[rr][j] = *reinterpret_cast<const uint4*>(v + (g + 8 * rr) * value_token + 32 * j);
-          }
-        }
+      if (unit > first_unit) load_unit(unit);
+      const int left = unit < prefix_units ? prefix_length - unit * 16 : residual_length - (unit - prefix_units) * 16;
       float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < WIDTH / 32; j++) {
@@ -556,9 +554,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       }
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
-        float(&sc)[2][4] = s[i * CHUNKS + c];
+        // Two sums, where there are too few tokens to keep the matrix units busy with one.
+        float sums[2][2][4];
 #pragma unroll
-        for (int k = 0; k < 4; k++) sc[0][k] = sc[1][k] = 0.f;
+        for (int k = 0; k < 16; k++) sums[k >> 3][k >> 2 & 1][k & 3] = 0.f;
         const u8* codes = record + c * KEY_CODES;
         if constexpr (WIDE_STEPS > 0) {
           u32 words[WIDE_STEPS > 0 ? WIDE_STEPS : 1];
@@ -568,7 +567,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #pragma unroll
             for (int token_tile = 0; token_tile < 2; token_tile++) {
               const Fields<2> a(token_tile ? words[j] >> 8 : words[j], 0);
-              mma(sc[token_tile], a.a0, a.a1, a.a2, a.a3, b[j][0], b[j][1], sc[token_tile]);
+              mma(sums[j % SUMS][token_tile], a.a0, a.a1, a.a2, a.a3, b[j][0], b[j][1], sums[j % SUMS][token_tile]);
             }
         }
         if constexpr (NARROW_STEPS > 0) {
@@ -589,9 +588,12 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
               // The last k-step of an odd number has one byte in each half, and its token tiles have even and odd bits.
               const int shift = NARROW_STEPS % 2 && j == NARROW_STEPS - 1 ? 1 : 8;
               const Fields<1> a(token_tile ? words[j / 2] >> shift : words[j / 2], j % 2);
-              mma(sc[token_tile], a.a0, a.a1, a.a2, a.a3, b[WIDE_STEPS + j][0], b[WIDE_STEPS + j][1], sc[token_tile]);
+              float(&sum_of)[4] = sums[(WIDE_STEPS + j) % SUMS][token_tile];
+              mma(sum_of, a.a0, a.a1, a.a2, a.a3, b[WIDE_STEPS + j][0], b[WIDE_STEPS + j][1], sum_of);
             }
         }
+#pragma unroll
+        for (int k = 0; k < 8; k++) s[i * CHUNKS + c][k >> 2][k & 3] = SUMS == 2 ? sums[0][k >> 2][k & 3] + sums[1][k >> 2][k & 3] : sums[0][k >> 2][k & 3];
       }
     }
     if (!full && cut) {

@@ -17,6 +17,7 @@ from vidkv_kernels.packed import FullPrecision, Segment, check, check_packed
 
 SOURCE = Path(__file__).with_name("attend_cuda.cu")
 HEADS_AT_ONCE = 8
+LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
 
@@ -105,7 +106,7 @@ def _check_part(name: str, part: FullPrecision, shape: tuple, query: torch.Tenso
         states = getattr(part, side)
         check(f"{name}.{side}", states, shape, query.dtype, query.device)
         if states.data_ptr() % 16 or any(stride % 8 for stride in states.stride()[:3]):
-            raise ValueError(f"{name}.{side} has strides {states.stride()}; rows must start at multiples of 16 bytes, as after .contiguous()")
+            raise ValueError(f"{name}.{side} has strides {states.stride()}; rows must begin at multiples of 16 bytes: use .contiguous()")
 
 
 def _launch(
@@ -132,16 +133,17 @@ def _launch(
         packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
         packed += [history.rotation_fragments, history.center]
     *_, rotation, center = packed
-    keys, values, lengths, key_bound, value_bound = map(_pointer, packed[:5])
+    keys, values, lengths, key_bound, value_bound = map(nvrtc.pointer, packed[:5])
     arguments = (
-        keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, _pointer(query), key_bound,
-        value_bound, _pointer(rotation), *_strides(rotation), _pointer(center), *_strides(center), _part(residual), _part(prefix), _pointer(partial), _pointer(weights), _pointer(out), ctypes.c_int(heads), ctypes.c_int(ratio),
-        ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * 1.4426950408889634),
+        keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, nvrtc.pointer(query),
+        key_bound, value_bound, nvrtc.pointer(rotation), *_strides(rotation), nvrtc.pointer(center), *_strides(center),
+        _part(residual), _part(prefix), nvrtc.pointer(partial), nvrtc.pointer(weights), nvrtc.pointer(out), ctypes.c_int(heads),
+        ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
     )  # fmt: skip
     grid = (plan.splits, heads * -(-ratio // HEADS_AT_ONCE), batch)
     nvrtc.launch(kernels.attend, grid, 32 * plan.warps, kernels.shared_bytes, stream, arguments)
     if plan.splits > 1:
-        arguments = (_pointer(partial), _pointer(weights), _pointer(out), ctypes.c_int(plan.splits))
+        arguments = (nvrtc.pointer(partial), nvrtc.pointer(weights), nvrtc.pointer(out), ctypes.c_int(plan.splits))
         nvrtc.launch(kernels.merge, (rows, 1, 1), 4 * width, 0, stream, arguments, is_early=kernels.can_start_early)
     return out
 
@@ -195,7 +197,8 @@ def _choose(form: Form, tiles: int, max_length: int, device: torch.device) -> Pl
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and blocks * (_shared_bytes(form, chunks, warps) + 2048) > limit:
         chunks //= 2
-    return Plan(chunks, warps, blocks, choose_splits(tiles, -(-max_length // form.group_size), warps, blocks * properties.multi_processor_count))
+    splits = choose_splits(tiles, -(-max_length // form.group_size), warps, blocks * properties.multi_processor_count)
+    return Plan(chunks, warps, blocks, splits)
 
 
 def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
@@ -213,10 +216,6 @@ def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
         return -(-tiles * splits // slots) * (-(-records // (splits * warps)) + fixed) + (0.5 + splits / 64 if splits > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
-
-
-def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[ctypes.c_longlong, ctypes.c_longlong]:

@@ -1,7 +1,7 @@
 """Growable packed history of one layer, in fragment order: what a cache fills and `attend_cuda` reads.
 
     history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, rotation=rotation)
-    history.append(key_codes, key_scale, key_offset, value_codes, value_scale, value_offset)
+    history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
     out = attend_cuda.attend(query, history, residual, scaling)
 
 Appending writes in place at each sequence's own length and waits for nothing, so that a decode step can be captured as a CUDA graph
@@ -10,11 +10,10 @@ while the buffers have room. `reserve` gives them more, by copying, and must sta
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from vidkv_kernels.fragments import Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
+from vidkv_kernels import pack_cuda
+from vidkv_kernels.fragments import TOKEN_GROUP, Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
 from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
 
 
@@ -64,30 +63,19 @@ class FragmentHistory:
         self.center = center
 
     @classmethod
-    def from_packed(cls, keys: PackedKeys, values: tuple[PackedValues, ...], max_length: int | None = None) -> FragmentHistory:
+    def from_packed(cls, keys: PackedKeys, values: tuple[PackedValues, ...], capacity: int = 0) -> FragmentHistory:
         """Copy packed history from the portable layout.
 
         Args:
-            max_length: upper bound of its lengths; None: the room of its buffers.
+            capacity: tokens to have room for, at least those of the source.
         Raises:
             UnsupportedForm: the kernels do not read this form.
         """
         form = Form.of(keys, values)
-        run = values[0]
-        capacity = min(run.entries, keys.codes.shape[2] * 32) // form.group_size * form.group_size
-        if keys.offset is None and form.stored_offsets:
-            raise ValueError("keys.offset is missing")
         batch, heads = keys.codes.shape[:2]
-        history = cls(
-            form, batch=batch, heads=heads, capacity=capacity, device=keys.device, rotation=keys.rotation, center=keys.center
-        )  # fmt: skip
-        metadata = (None if t is None else t[:, :, : capacity // form.group_size] for t in (keys.scale, keys.offset))
-        rows = capacity if form.granularity == "per_token" else capacity // form.group_size
-        value_metadata = (None if t is None else t[:, :, :rows] for t in (run.scale, run.offset))
-        history._write(
-            torch.zeros_like(run.lengths), keys.unpack()[:, :, :capacity], *metadata, run.unpack()[:, :, :capacity], *value_metadata, run.lengths
-        )
-        history.max_length = capacity if max_length is None else max_length
+        room = max(_room(form, keys, values[0]), capacity)
+        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, rotation=keys.rotation, center=keys.center)
+        history.append(keys, values)
         return history
 
     @property
@@ -119,83 +107,53 @@ class FragmentHistory:
             grown[:, :, : old.shape[2]] = old
             setattr(self, name, grown)
 
-    def append(
-        self,
-        key_codes: torch.Tensor,
-        key_scale: torch.Tensor,
-        key_offset: torch.Tensor | None,
-        value_codes: torch.Tensor,
-        value_scale: torch.Tensor | None,
-        value_offset: torch.Tensor | None,
-        counts: torch.Tensor | None = None,
-    ) -> None:
-        """Append whole groups in place, behind what each sequence holds, which must be whole groups as well.
+    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...]) -> None:
+        """Append tokens in place, behind what each sequence holds, which must be whole groups.
 
         Args:
-            key_codes: uint8 [B, H, T, C], T a multiple of S.
-            key_scale: float16 [B, H, T / S, C].
-            key_offset: float16 [B, H, T / S, channels with a stored offset]; None if no channel has one.
-            value_codes: uint8 [B, H, T, D].
-            value_scale: float16, [B, H, T / S, D] (per_channel) or [B, H, T, D / 32] (per_token); None if unscaled.
-            value_offset: as value_scale; None if none is stored.
-            counts: int32 [B], how many of the T tokens each sequence takes; None: all.
+            keys, values: the new tokens in the portable layout, as quantizers make them; `values[0].lengths` says how many tokens
+                each sequence takes, zero for none.
         Raises:
-            ValueError: a tensor of another shape, dtype or device, or the buffers are full: call `reserve` first.
+            UnsupportedForm: the kernels do not read this form.
+            ValueError: another form than what is held, or the buffers are full: call `reserve` first.
         """
-        tokens = key_codes.shape[2]
+        found = Form.of(keys, values)
+        if found != self.form:
+            raise ValueError(f"appended tokens have form {found}; allowed: that of what is held, {self.form}")
+        run = values[0]
+        batch, heads = self.keys.shape[:2]
+        check("keys.codes", keys.codes, (batch, heads, None, None), torch.int32, self.device)
+        check("values.codes", run.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
+        tokens = _room(self.form, keys, run)
         if self.max_length + tokens > self.capacity:
             raise ValueError(f"{tokens} more tokens after {self.max_length} do not fit into {self.capacity}; call reserve first")
-        if counts is None:
-            counts = torch.full_like(self.lengths, tokens)
-        self._write(self.lengths.clone(), key_codes, key_scale, key_offset, value_codes, value_scale, value_offset, counts)
+        if self.device.type == "cuda" and not run.is_bytes:
+            pack_cuda.append(self, keys, run, tokens)
+        else:
+            self._append_plain(keys, run, tokens)
+        self.lengths += run.lengths
         self.max_length += tokens
 
-    def _write(
-        self,
-        start: torch.Tensor,
-        key_codes: torch.Tensor,
-        key_scale: torch.Tensor,
-        key_offset: torch.Tensor | None,
-        value_codes: torch.Tensor,
-        value_scale: torch.Tensor | None,
-        value_offset: torch.Tensor | None,
-        counts: torch.Tensor,
-    ) -> None:
-        form, device = self.form, self.device
-        batch, heads = self.keys.shape[:2]
-        tokens = key_codes.shape[2]
-        if tokens % form.group_size:
-            raise ValueError(f"{tokens} tokens cannot be packed; give a multiple of {form.group_size}")
-        groups = tokens // form.group_size
-        value_shape = (batch, heads, tokens, form.width // 32) if form.granularity == "per_token" else (batch, heads, groups, form.width)
-        check("key_codes", key_codes, (batch, heads, tokens, form.channels), torch.uint8, device)
-        check("key_scale", key_scale, (batch, heads, groups, form.channels), torch.float16, device)
-        check("value_codes", value_codes, (batch, heads, tokens, form.width), torch.uint8, device)
-        check("counts", counts, (batch,), torch.int32, device)
-        for name, tensor, shape, is_needed in (
-            ("key_offset", key_offset, (batch, heads, groups, form.stored_offsets), form.stored_offsets > 0),
-            ("value_scale", value_scale, value_shape, form.is_scaled),
-            ("value_offset", value_offset, value_shape, form.is_value_offset_stored),
-        ):
-            if is_needed:
-                check(name, tensor, shape, torch.float16, device)
-            elif tensor is not None:
-                raise ValueError(f"{name} is given, but this form stores none")
-        place = torch.arange(tokens, device=device)
-        is_new = place < counts[:, None]
+    def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
+        """What `pack_cuda.append` does, in torch."""
+        form, groups = self.form, tokens // self.form.group_size
+        is_new = torch.arange(tokens, device=self.device) < run.lengths[:, None]
         is_new_group = is_new[:, :: form.group_size]
-        # What lies beyond the counts may be anything, NaN as well; in the record of a new token it must be finite.
-        key_scale, key_offset = (None if t is None else torch.where(is_new_group[:, None, :, None], t, 0) for t in (key_scale, key_offset))
-        is_held = is_new if form.granularity == "per_token" else is_new_group
-        value_scale, value_offset = (None if t is None else torch.where(is_held[:, None, :, None], t, 0) for t in (value_scale, value_offset))
-        self.key_scale_max = torch.maximum(self.key_scale_max, key_scale.abs().amax(dim=(2, 3)).float())
+        rows, is_held = (tokens, is_new) if form.granularity == "per_token" else (groups, is_new_group)
+
+        # What lies beyond the lengths may be anything, NaN as well; in the record of a new token it must be finite.
+        def cut(metadata: torch.Tensor | None, count: int, held: torch.Tensor) -> torch.Tensor | None:
+            return None if metadata is None else torch.where(held[:, None, :, None], metadata[:, :, :count], 0)
+
+        key_scale, key_offset = (cut(tensor, groups, is_new_group) for tensor in (keys.scale, keys.offset))
+        value_scale, value_offset = (cut(tensor, rows, is_held) for tensor in (run.scale, run.offset))
+        self.key_scale_max.copy_(torch.maximum(self.key_scale_max, key_scale.abs().amax(dim=(2, 3)).float()))
         if value_scale is not None:
-            self.value_scale_max = torch.maximum(self.value_scale_max, value_scale.abs().amax(dim=(2, 3)).float())
+            self.value_scale_max.copy_(torch.maximum(self.value_scale_max, value_scale.abs().amax(dim=(2, 3)).float()))
         row, group = is_new_group.nonzero(as_tuple=True)
-        target = start.long()[row] // form.group_size + group
-        self.keys[row, :, target] = pack_keys(form, key_codes, key_scale, key_offset)[row, :, group]
-        self.values[row, :, target] = pack_values(form, value_codes, value_scale, value_offset)[row, :, group]
-        self.lengths = start + counts
+        target = self.lengths.long()[row] // form.group_size + group
+        self.keys[row, :, target] = pack_keys(form, keys.unpack()[:, :, :tokens], key_scale, key_offset)[row, :, group]
+        self.values[row, :, target] = pack_values(form, run.unpack()[:, :, :tokens], value_scale, value_offset)[row, :, group]
 
     def unpack(self) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
         """Return a copy in the portable layout, with room for `max_length` tokens: for another backend, or to dequantize."""
@@ -211,9 +169,10 @@ class FragmentHistory:
             rotation=self.rotation, center=self.center,
         )  # fmt: skip
         codes, scale, offset = unpack_values(form, self.values[:, :, :records])
+        group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
         values = PackedValues(
-            self.lengths.clone(), form.levels, form.offset_kind, form.granularity, 32 if form.granularity == "per_token" else form.group_size,
-            form.width, pack_words(codes, form.value_bits), scale, offset,
+            self.lengths.clone(), form.levels, form.offset_kind, form.granularity, group_size, form.width,
+            pack_words(codes, form.value_bits), scale, offset,
         )  # fmt: skip
         return keys, (values,)
 
@@ -222,9 +181,14 @@ class FragmentHistory:
         rotation, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.rotation, self.center))
         batch = len(indices)
         chosen = FragmentHistory(
-            replace(self.form), batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
+            self.form, batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
         )
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
         chosen.max_length = self.max_length
         return chosen
+
+
+def _room(form: Form, keys: PackedKeys, run: PackedValues) -> int:
+    """Tokens that both keys and values have room for, in whole groups."""
+    return min(run.entries, keys.codes.shape[2] * 32) // form.group_size * form.group_size

@@ -58,7 +58,7 @@ class Form:
         if self.width not in (64, 128):
             raise UnsupportedForm(f"heads have {self.width} channels; the CUDA kernels read 64 and 128")
         if self.channels > 2 * self.width:
-            raise UnsupportedForm(f"keys have {self.channels} channels for {self.width} of the query; the CUDA kernels read twice as many at most")
+            raise UnsupportedForm(f"keys have {self.channels} channels; the CUDA kernels read {2 * self.width} at most with this query")
         if not self.is_scaled and self.offset_kind in STORED_KINDS:
             raise UnsupportedForm(f"values without a scale have offset_kind {self.offset_kind!r}; the CUDA kernels read none and centred")
 
@@ -215,13 +215,11 @@ def unpack_keys(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def pack_rotation(form: Form, rotation: torch.Tensor) -> torch.Tensor:
-    """Bring a map of the query, float32 [.., D, C], to fragments of two float16 terms whose sum it is, uint8 [.., bytes]."""
-    padded = torch.nn.functional.pad(rotation, (0, form.key_steps * STEP - form.channels))
-    coarse = padded.half()
-    terms = torch.stack([coarse, (padded - coarse.float()).half()], dim=-3)
-    # [.., term, k, kh, t, e, step, rr, g] to [.., step, k, term, g, t, kh, rr, e]
-    fields = terms.unflatten(-1, (-1, 2, 8)).unflatten(-4, (-1, 2, 4, 2))
-    return fields.movedim((-3, -7, -8, -1, -5, -6, -2, -4), (-8, -7, -6, -5, -4, -3, -2, -1)).contiguous().flatten(-8).view(torch.uint8)
+    """Bring a map of the query, float32 [.., D, C], to fragments in float16, uint8 [.., bytes]."""
+    padded = torch.nn.functional.pad(rotation, (0, form.key_steps * STEP - form.channels)).half()
+    # [.., k, kh, t, e, step, rr, g] to [.., step, k, g, t, kh, rr, e]
+    fields = padded.unflatten(-1, (-1, 2, 8)).unflatten(-4, (-1, 2, 4, 2))
+    return fields.movedim((-3, -7, -1, -5, -6, -2, -4), (-7, -6, -5, -4, -3, -2, -1)).contiguous().flatten(-7).view(torch.uint8)
 
 
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:

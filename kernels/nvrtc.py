@@ -15,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 CACHE_VARIABLE = "VIDKV_KERNEL_CACHE"
 
 
@@ -70,6 +72,11 @@ def function(module: Any, name: str, shared_bytes: int = 0) -> Any:
     return found
 
 
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Return the address of a tensor as a kernel argument; None is a null pointer."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
 def launch(
     kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, arguments: tuple, *, is_early: bool = False
 ) -> None:
@@ -103,7 +110,8 @@ def _bindings(name: str) -> ModuleType:
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
-        raise KernelError("kernels in CUDA C++ need cuda-bindings and NVRTC; install the extra: pip install 'vidkv-eval[cuda]'") from error
+        advice = "install the extra: pip install 'vidkv-eval[cuda]'"
+        raise KernelError(f"kernels in CUDA C++ need cuda-bindings and NVRTC; {advice}") from error
     return {"driver": driver, "nvrtc": nvrtc}[name]
 
 

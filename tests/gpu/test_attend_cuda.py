@@ -1,6 +1,7 @@
 """`attend` in CUDA C++ against the reference in float64, over awkward inputs. Run with `make test-gpu`; without a device these fail."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from vidkv_kernels import attend_cuda
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.attend_cuda import Plan, attend
 from vidkv_kernels.fragment_history import FragmentHistory
-from vidkv_kernels.fragments import UnsupportedForm
+from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
 from vidkv_kernels.random_layer import random_layer
 
@@ -54,8 +55,8 @@ def make(dtype, history, residual, query_heads, **form):
 
 
 
-def run(query, layer, scaling=None, plan=None, max_length=None):
-    history = None if layer.keys is None else FragmentHistory.from_packed(layer.keys, layer.values, max_length)
+def run(query, layer, scaling=None, plan=None):
+    history = None if layer.keys is None else FragmentHistory.from_packed(layer.keys, layer.values)
     return attend(query, history, layer.residual, scaling or query.shape[3] ** -0.5, layer.prefix, plan)
 
 
@@ -97,7 +98,8 @@ def test_every_kind_of_values(values, width, dtype, segments):
 @pytest.mark.parametrize("kinds", [SCALED, PUBLISHED, ("minimum", "centred"), ("none", "none"), ("minimum", "minimum")], ids="-".join)
 def test_every_share_of_2_bit_channels(width, fraction, kinds):
     wide = int(width * fraction)
-    query, layer = make(HALF, [192, 33], [20, 3], 7, width=width, segments=split(width, wide, kinds[0], *(kinds[1:] if wide < width else ())))
+    segments = split(width, wide, kinds[0], *(kinds[1:] if wide < width else ()))
+    query, layer = make(HALF, [192, 33], [20, 3], 7, width=width, segments=segments)
     assert_close(run(query, layer), query, layer)
 
 
@@ -202,7 +204,7 @@ def test_a_captured_graph_follows_the_lengths():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attend(query, history, layer.residual, 0.1)
-    for lengths, residual in (([1024, 512], [16, 9]), ([96, 31], [2, 0]), ([0, 480], [1, 12])):
+    for lengths, residual in (([1024, 512], [16, 9]), ([96, 31], [2, 0]), ([0, 480], [1, 7])):
         for tensor, numbers in ((history.lengths, lengths), (layer.values[0].lengths, lengths), (layer.residual.lengths, residual)):
             tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
         graph.replay()
@@ -216,29 +218,58 @@ def test_results_do_not_depend_on_the_run():
     assert all(torch.equal(first, run(query, layer)) for _ in range(20))
 
 
+def part(layer, start, stop, lengths):
+    """Tokens `start` to `stop` of the history of a layer without values per token."""
+    keys, run_ = layer.keys, layer.values[0]
+    blocks, groups = slice(start // 32, stop // 32), slice(start // keys.group_size, stop // keys.group_size)
+    cut = {name: getattr(keys, name)[:, :, groups].contiguous() for name in ("scale", "offset")}
+    values = replace(run_, lengths=lengths, codes=run_.codes[:, :, blocks].contiguous(), scale=run_.scale[:, :, groups].contiguous())
+    return replace(keys, codes=keys.codes[:, :, blocks].contiguous(), **cut), (values,)
+
+
 def test_append_equals_packing_at_once():
     query, layer = make(HALF, [256, 256], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     whole = FragmentHistory.from_packed(layer.keys, layer.values)
-    keys, run_ = layer.keys, layer.values[0]
-    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, rotation=keys.rotation)
+    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, rotation=layer.keys.rotation)
     for start, stop in ((0, 64), (64, 128), (128, 256)):
         grown.reserve(stop)
-        rows = slice(start // 32, stop // 32)
-        grown.append(
-            keys.unpack()[:, :, start:stop], keys.scale[:, :, rows], keys.offset[:, :, rows],
-            run_.unpack()[:, :, start:stop], run_.scale[:, :, rows], None,
-        )  # fmt: skip
+        grown.append(*part(layer, start, stop, torch.full_like(whole.lengths, stop - start)))
     assert torch.equal(grown.keys, whole.keys) and torch.equal(grown.values, whole.values) and torch.equal(grown.lengths, whole.lengths)
+    assert torch.equal(grown.key_scale_max, whole.key_scale_max)
     assert torch.equal(attend(query, grown, layer.residual, 0.1), attend(query, whole, layer.residual, 0.1))
+
+
+def test_rows_grow_at_their_own_time():
+    query, layer = make(HALF, [256, 128], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
+    form = Form.of(layer.keys, layer.values)
+    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, rotation=layer.keys.rotation)
+    for start, stop, counts in ((0, 128, [128, 0]), (0, 128, [0, 128]), (128, 256, [128, 0])):
+        grown.append(*part(layer, start, stop, torch.tensor(counts, dtype=torch.int32, device=DEVICE)))
+    assert grown.lengths.tolist() == [256, 128]
+    assert_close(attend(query, grown, layer.residual, 128**-0.5), query, layer)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("wide", [0, 12, 38, 64, 115, 128])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_kernels_pack_as_torch_does(values, wide, group_size):
+    segments = split(128, wide, "minimum", *(("mean", "centred") if wide < 128 else ()))
+    _, layer = make(HALF, [384, 100], [1, 1], 1, width=128, heads=2, segments=segments, values=VALUES[values], group_size=group_size)
+    fast = FragmentHistory.from_packed(layer.keys, layer.values)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, rotation=layer.keys.rotation)
+    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
+    for row, length in enumerate((384, 100)):
+        records = -(-length // group_size)
+        assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
+        assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
+    assert torch.equal(fast.key_scale_max, plain.key_scale_max) and torch.equal(fast.value_scale_max, plain.value_scale_max)
 
 
 def test_more_than_2_to_the_31_bytes():
     records = 2**31 // 2560 // 4 + 1000
-    form = FragmentHistory.from_packed(*(lambda layer: (layer.keys, layer.values))(make(HALF, [64], [1], 1, width=128, segments=split(128, 64, *SCALED))[1])).form
     query, layer = make(HALF, [96], [1], 28, width=128, segments=split(128, 64, *SCALED), heads=4)
     small = FragmentHistory.from_packed(layer.keys, layer.values)
-    assert small.form == form
-    large = FragmentHistory(form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, rotation=layer.keys.rotation)
+    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, rotation=layer.keys.rotation)
     large.keys[:, :, :3], large.values[:, :, :3] = small.keys, small.values
     large.lengths, large.key_scale_max, large.value_scale_max, large.max_length = small.lengths, small.key_scale_max, small.value_scale_max, 96
     assert_close(attend(query, large, layer.residual, 0.1), query, layer, 0.1)
@@ -269,7 +300,10 @@ def test_bad_tensors_are_refused_by_name():
     with pytest.raises(ValueError, match="residual.keys is torch.bfloat16"):
         attend(query, history, FullPrecision(residual.keys.bfloat16(), residual.values.bfloat16(), residual.lengths), 1.0)
     with pytest.raises(ValueError, match="call reserve first"):
-        history.append(*[torch.zeros(1, 1, 32, 128, device=DEVICE)] * 6)
+        history.append(layer.keys, layer.values)
+    _, other = make(HALF, [96], [3], 7, width=128, segments=split(128, 32, *SCALED))
+    with pytest.raises(ValueError, match="appended tokens have form"):
+        history.append(other.keys, other.values)
 
 
 def test_splits_fill_the_device():
