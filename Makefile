@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test lint smoke readme bench clean
+.PHONY: help setup test test-gpu lint smoke readme bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -26,6 +26,9 @@ reproduce-%: $(STAMP)  ## measure a suite (table1) on the mini profile and write
 
 test: $(STAMP) lint  ## all tests, with an end-to-end smoke run of both mini models
 	$(BIN)/python -m pytest
+
+test-gpu: $(STAMP)  ## kernels, compiled, on this machine's GPU; fails without one
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP)  ## style
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 PROJECT = Path(__file__).resolve().parents[1]
 ORDER = (
     "quant",
+    "fused",
     "recipe",
     "cache",
     "roundtrip",
@@ -82,6 +83,24 @@ def test_kernels_has_no_init_or_it_would_hide_a_package_of_that_name():
 def test_kernels_know_nothing_of_the_program_that_uses_them():
     for path in sorted((PROJECT / "kernels").glob("*.py")):
         assert not [name for name in imported(path) if name.startswith(("vidkv_eval", "transformers", "lmms_eval"))]
+
+
+def test_triton_is_imported_only_by_the_fast_side_of_an_operation():
+    for path in sorted((PROJECT / "kernels").glob("*.py")):
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert ("triton" in roots) == path.stem.endswith("_triton")
+
+
+def test_references_work_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, vidkv_eval.fused, vidkv_kernels.append\n"
+        "from vidkv_kernels.ops import OPS\n"
+        "for op in OPS: op(*next(iter(op.cases(torch.device('cpu')).values())))\n"
+        "print('done')"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT).stdout
+    assert output.strip() == "done"
 
 
 def test_tables_and_plans_load_neither_torch_nor_transformers():

@@ -1,0 +1,142 @@
+"""From what quantizers store to the form that attention kernels read, `vidkv_kernels.packed`. Codes and metadata stay the same."""
+
+from __future__ import annotations
+
+import torch
+
+from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.grouped import GroupedQuantizer
+from vidkv_eval.quant.sign import Sign
+from vidkv_eval.quant.spectral import Spectral
+from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.quant.ternary import Ternary
+from vidkv_kernels.packed import GROUP_SIZES, PackedKeys, PackedValues, Segment, pack_words
+from vidkv_kernels.packing import unpack
+from vidkv_kernels.quantize_keys import key_rotation, real_fourier
+
+SIGN_KINDS = {"zero_scale": "none", "plus_minus": "centred", "mean_plus_minus": "mean"}
+
+
+class NotPackable(ValueError):
+    """A quantizer whose stored form kernels do not read; use attention over dequantized states."""
+
+
+def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
+    """Return stored keys in the form that kernels read.
+
+    Raises:
+        NotPackable: the quantizer is none of Affine, Sign, Spectral around Sign, or SplitChannels of these; has groups of
+            channels, or of a size other than 32, 64 or 128; or is wide in more than 2 bits.
+    """
+    wide, normal, parts = None, quantizer, {"normal": stored}
+    if isinstance(quantizer, SplitChannels):
+        wide, normal, parts = quantizer.wide, quantizer.normal, dict(stored.parts)
+    elif isinstance(quantizer, Affine) and quantizer.nbits == 2:
+        wide, normal, parts = quantizer, None, {"wide": stored}
+    pieces = []
+    if "wide" in parts:
+        if not isinstance(wide, Affine) or wide.nbits != 2:
+            raise NotPackable(f"wide channels are stored by {wide}; kernels read Affine with 2 bits")
+        pieces.append((wide, parts["wide"], 2, "minimum"))
+    transform = None
+    if "normal" in parts:
+        if isinstance(normal, Spectral):
+            transform = real_fourier(parts["normal"].channels, _device(parts["normal"]))
+            pieces += _spectral_pieces(normal, parts["normal"])
+        else:
+            pieces.append((normal, parts["normal"], 1, _kind(normal)))
+    group_size = pieces[0][0].group_size
+    for owner, *_ in pieces:
+        if owner.granularity != "per_channel" or owner.group_size != group_size or group_size not in GROUP_SIZES:
+            raise NotPackable(f"keys are stored by {owner}; kernels read groups of one size, 32, 64 or 128 tokens of a channel")
+    order = None
+    if isinstance(quantizer, SplitChannels):
+        order = _order(stored.static["wide_channels"], stored.channels)
+    elif transform is not None:
+        order = torch.arange(stored.channels, device=transform.device).expand(parts["normal"].parts["real"].tensors["scale"].shape[0], -1)
+    metadata = [_metadata(owner, piece) for owner, piece, _, _ in pieces]
+    offsets = [offset for _, offset in metadata if offset is not None]
+    return PackedKeys(
+        _segments(pieces),
+        group_size,
+        torch.cat([pack_words(_codes(owner, piece), nbits) for owner, piece, nbits, _ in pieces], dim=-1),
+        torch.cat([scale for scale, _ in metadata], dim=-1),
+        torch.cat(offsets, dim=-1) if offsets else None,
+        rotation=None if order is None else key_rotation(order, parts["wide"].channels if "wide" in parts else 0, transform),
+    )
+
+
+def pack_values(quantizer: Quantizer, stored: QuantizedStates) -> PackedValues:
+    """Return stored values in the form that kernels read.
+
+    Raises:
+        NotPackable: the quantizer is none of Affine with 1 or 2 bits, Sign or Ternary, or has groups of a size other than 32, 64
+            or 128.
+    """
+    if isinstance(quantizer, Ternary):
+        levels, kind = 3, "centred"
+    else:
+        levels, kind = (4 if isinstance(quantizer, Affine) and quantizer.nbits == 2 else 2), _kind(quantizer)
+    if quantizer.group_size not in GROUP_SIZES:
+        raise NotPackable(f"values are stored by {quantizer}; kernels read groups of 32, 64 or 128")
+    scale, offset = _metadata(quantizer, stored)
+    batch = stored.tensors["codes"].shape[0]
+    lengths = torch.full((batch,), stored.length, dtype=torch.int32, device=_device(stored))
+    codes = pack_words(_codes(quantizer, stored), 1 if levels == 2 else 2)
+    return PackedValues(lengths, levels, kind, quantizer.granularity, quantizer.group_size, stored.channels, codes, scale, offset)
+
+
+def _spectral_pieces(quantizer: Spectral, stored: QuantizedStates) -> list[tuple[Quantizer, QuantizedStates, int, str]]:
+    kind = _kind(quantizer.inner)
+    pieces = [(quantizer.inner, stored.parts["real"], 1, kind)]
+    if "imaginary" in stored.parts:
+        # Imaginary parts are read back by the odd part of the quantizer.
+        pieces.append((quantizer.inner, stored.parts["imaginary"], 1, "centred" if kind == "none" else kind))
+    return pieces
+
+
+def _segments(pieces: list[tuple[Quantizer, QuantizedStates, int, str]]) -> tuple[Segment, ...]:
+    """Return the segments of pieces that follow each other; those of the same form are one."""
+    channels: dict[tuple[int, str], int] = {}
+    for _, piece, nbits, kind in pieces:
+        channels[nbits, kind] = channels.get((nbits, kind), 0) + piece.channels
+    return tuple(Segment(count, nbits, kind) for (nbits, kind), count in channels.items())
+
+
+def _kind(quantizer: Quantizer) -> str:
+    if isinstance(quantizer, Affine) and quantizer.nbits <= 2:
+        return "minimum"
+    if isinstance(quantizer, Sign):
+        return SIGN_KINDS[quantizer.levels]
+    raise NotPackable(f"states are stored by {quantizer}; kernels read Affine with 1 or 2 bits, Sign and, for values, Ternary")
+
+
+def _codes(quantizer: GroupedQuantizer, stored: QuantizedStates) -> torch.Tensor:
+    """Return codes uint8 [B, H, T, C]."""
+    codes = unpack(stored.tensors["codes"], quantizer.code_count, stored.channels * quantizer.group_size)
+    if quantizer.granularity == "per_channel":
+        return codes.unflatten(-1, (stored.channels, quantizer.group_size)).transpose(-1, -2).flatten(2, 3)
+    return codes.unflatten(-1, (quantizer.group_size, stored.channels)).flatten(2, 3)
+
+
+def _metadata(quantizer: GroupedQuantizer, stored: QuantizedStates) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return scale and offset: [B, H, T / S, C] (per_channel) or [B, H, T, C / S] (per_token)."""
+    scale, offset = stored.tensors.get("scale"), stored.tensors.get("minimum", stored.tensors.get("mean"))
+    if isinstance(quantizer, Sign) and quantizer.levels != "zero_scale":
+        scale = scale * 2
+    if quantizer.granularity == "per_channel":
+        return scale, offset
+    return tuple(None if part is None else part.unflatten(-1, (quantizer.group_size, -1)).flatten(2, 3) for part in (scale, offset))
+
+
+def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return all channels, wide ones first and both kinds ascending: [B, wide] to [B, C]."""
+    is_normal = torch.ones(wide_channels.shape[0], channels, dtype=torch.uint8, device=wide_channels.device)
+    return is_normal.scatter_(1, wide_channels.long(), 0).argsort(dim=-1, stable=True)
+
+
+def _device(stored: QuantizedStates) -> torch.device:
+    while not stored.tensors:
+        stored = next(iter(stored.parts.values()))
+    return next(iter(stored.tensors.values())).device
