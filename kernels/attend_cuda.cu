@@ -50,7 +50,6 @@ constexpr int VALUE_SCALE_AT = CHUNKS * VALUE_CODES;
 constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
-constexpr int SUMS = RECORDS * CHUNKS <= 2 ? 2 : 1;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
 constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
 constexpr float NEVER = -3e38f;
@@ -191,8 +190,10 @@ struct Fields {
   }
 };
 
-struct True { static constexpr bool value = true; };
-struct False { static constexpr bool value = false; };
+template <int VALUE>
+struct Number {
+  static constexpr int value = VALUE;
+};
 
 struct Part {  // tokens in full precision
   const u16* keys;
@@ -237,22 +238,21 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
 #endif
 
-  // The share of this warp: a run of steps of RECORDS records, and some units of 16 tokens in full precision, which take about as long
-  // as 3 records and are counted as steps.
-  const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS, steps = (records + RECORDS - 1) / RECORDS;
+  // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
+  const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
   const int prefix_units = (prefix_length + 15) / 16, units = prefix_units + (residual_length + 15) / 16;
   const u32 workers = splits * WARPS, worker = split * WARPS + warp;
-  constexpr int UNIT_COST = (3 + RECORDS * CHUNKS - 1) / (RECORDS * CHUNKS);
+  constexpr int UNIT_COST = (3 + CHUNKS - 1) / CHUNKS;
   int unit_cost = 0;
 #pragma unroll
-  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && steps >= k * workers;
+  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && records >= k * workers;
   // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up.
   auto part = [&](u32 share, u32 rest, u32 i) { return (int)(i * share + __umulhi(i * rest, reciprocal)); };
-  const u32 total = steps + unit_cost * units, share = total / workers, rest = total - share * workers;
+  const u32 total = records + unit_cost * units, share = total / workers, rest = total - share * workers;
   const u32 unit_share = (u32)units < workers ? 0 : units / workers, unit_rest = units - unit_share * workers;
   const int first_unit = part(unit_share, unit_rest, worker), last_unit = part(unit_share, unit_rest, worker + 1);
-  const int first = (part(share, rest, worker) - unit_cost * first_unit) * RECORDS;
-  const int count = min(records, (part(share, rest, worker + 1) - unit_cost * last_unit) * RECORDS) - first;
+  const int first = part(share, rest, worker) - unit_cost * first_unit;
+  const int count = part(share, rest, worker + 1) - unit_cost * last_unit - first;
   const bool cut = length % RECORD_TOKENS && count > 0 && first + count == records;  // ends in a record that is not full
 
   u8* const key_slot = shared + warp * SLOT;
@@ -503,15 +503,17 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       for (int k = 0; k < 4; k++) acc[m][k] *= CODE_UNIT * (k & 2 ? 16.f : 1.f) * (VALUE_BITS == 1 && m & 1 ? 2.f : 1.f);
   }
 
-  auto step = [&](auto is_full, int at) __attribute__((always_inline)) {
-    constexpr bool full = decltype(is_full)::value;
-    const int present = full ? RECORDS : count - at;
-    copies.wait(0);
+  // One step over `size` records that lie in the slots, from the one at `from` on. In the tail they have arrived, and nothing comes after.
+  auto step = [&](auto size, auto is_tail, int at, int from) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+    constexpr bool tail = decltype(is_tail)::value;
+    constexpr int SUMS = N * CHUNKS <= 2 ? 2 : 1;
+    if constexpr (!tail) copies.wait(0);
     float offset0 = 0.f, offset1 = 0.f;  // of scores, the same for all tokens of record g
     if constexpr (OFFSET_PAIRS > 0) {
       // Rows are records. Registers 0 and 2 of a quad belong to rows g, 1 and 3 to rows g + 8; the halves that do not match are ignored.
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
-      const u8* record = key_slot + (g < RECORDS ? g : RECORDS - 1) * KEY_RECORD;
+      const u8* record = key_slot + (from + (g < N ? g : N - 1)) * KEY_RECORD;
 #pragma unroll
       for (int p = 0; p < OFFSET_PAIRS; p++) {
         uint4 a;
@@ -530,17 +532,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       offset0 = even[0] + odd[2];
       offset1 = even[1] + odd[3];
     }
-    float s[RECORDS * CHUNKS][2][4];
+    float s[N * CHUNKS][2][4];
 #pragma unroll
-    for (int i = 0; i < RECORDS; i++) {
-      if (!full && i >= present) {
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c++)
-#pragma unroll
-          for (int k = 0; k < 4; k++) s[i * CHUNKS + c][0][k] = s[i * CHUNKS + c][1][k] = NEVER;
-        continue;
-      }
-      const u8* record = key_slot + i * KEY_RECORD;
+    for (int i = 0; i < N; i++) {
+      const u8* record = key_slot + (from + i) * KEY_RECORD;
       u32 b[KEY_STEPS + 1][2];
 #pragma unroll
       for (int p = 0; p < KEY_PAIRS; p++) {
@@ -596,28 +591,29 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         for (int k = 0; k < 8; k++) s[i * CHUNKS + c][k >> 2][k & 3] = SUMS == 2 ? sums[0][k >> 2][k & 3] + sums[1][k >> 2][k & 3] : sums[0][k >> 2][k & 3];
       }
     }
-    if (!full && cut) {
-#pragma unroll
-      for (int i = 0; i < RECORDS; i++)
+    if constexpr (tail && N == 1) {
+      if (cut && at == count - 1) {
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
           for (int k = 0; k < 8; k++) {
-            const int token = (first + at + i) * RECORD_TOKENS + 32 * c + 16 * (k >> 2) + 8 * (k >> 1 & 1) + g;
-            if (token >= length) s[i * CHUNKS + c][k >> 2][k & 3] = NEVER;
+            const int token = (first + at) * RECORD_TOKENS + 32 * c + 16 * (k >> 2) + 8 * (k >> 1 & 1) + g;
+            if (token >= length) s[c][k >> 2][k & 3] = NEVER;
           }
+      }
     }
-    __syncwarp();
-    start_keys(at + RECORDS);
+    if constexpr (!tail) {
+      __syncwarp();
+      start_keys(at + N);
+    }
 
     offset0 = fmaf(offset0, one0, centre0);
     offset1 = fmaf(offset1, one1, centre1);
-    float o[RECORDS][2], x0 = NEVER, x1 = NEVER;
+    float o[N][2], x0 = NEVER, x1 = NEVER;
 #pragma unroll
-    for (int i = 0; i < RECORDS; i++) {
+    for (int i = 0; i < N; i++) {
       o[i][0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
       o[i][1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
-      if (!full && i >= present) continue;
       float top[4] = {NEVER, NEVER, NEVER, NEVER};
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
@@ -628,11 +624,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
     raise(x0, x1);
 
-    copies.wait(1);
+    if constexpr (!tail) copies.wait(1);
 #pragma unroll
-    for (int i = 0; i < RECORDS; i++) {
-      if (!full && i >= present) continue;
-      const u8* record = value_slot + i * VALUE_RECORD;
+    for (int i = 0; i < N; i++) {
+      const u8* record = value_slot + (from + i) * VALUE_RECORD;
       u32 b[CHUNKS][2][2];
       // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
       const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
@@ -738,13 +733,40 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         }
       }
     }
-    __syncwarp();
-    start_values(at + RECORDS);
-    copies.phase ^= 1;
+    if constexpr (!tail) {
+      __syncwarp();
+      start_values(at + N);
+      copies.phase ^= 1;
+    }
   };
   int at = 0;
-  for (const int whole = cut ? count - 1 : count; at + RECORDS <= whole; at += RECORDS) step(True{}, at);
-  for (; at < count; at += RECORDS) step(False{}, at);
+  const int whole = cut ? count - 1 : count;
+  for (; at + RECORDS <= whole; at += RECORDS) step(Number<RECORDS>{}, Number<0>{}, at, 0);
+  if (at < count) {
+    copies.wait(0);
+    copies.wait(1);
+#if !BULK
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncwarp();
+#endif
+    int from = 0;
+    if constexpr (RECORDS > 4) {
+      if (at + 4 <= whole) {
+        step(Number<4>{}, Number<1>{}, at, from);
+        at += 4;
+        from += 4;
+      }
+    }
+    if constexpr (RECORDS > 2) {
+      if (at + 2 <= whole) {
+        step(Number<2>{}, Number<1>{}, at, from);
+        at += 2;
+        from += 2;
+      }
+    }
+#pragma unroll 1
+    for (; at < count; at++, from++) step(Number<1>{}, Number<1>{}, at, from);
+  }
 
   // Merge the warps of this block: output channel by channel for each head, in units of probability.
   __syncthreads();

@@ -20,6 +20,8 @@ HEADS_AT_ONCE = 8
 LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
+# Chunks and warps of a plan, by the blocks of 32 tokens that there are for a multiprocessor.
+PLANS = ((12, (1, 4)), (24, (2, 4)), (48, (2, 8)), (500, (4, 8)), (float("inf"), (4, 12)))
 
 
 @dataclass(frozen=True)
@@ -192,13 +194,13 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
 def _choose(form: Form, tiles: int, max_length: int, device: torch.device) -> Plan:
     """Choose a plan: sizes were measured on an H200 (kernels/NOTES.md)."""
     properties = torch.cuda.get_device_properties(device)
-    chunks_each = tiles * max_length / 32 / properties.multi_processor_count
-    chunks, warps, blocks = (2, 8, 2) if chunks_each < 48 else (4, 8, 1) if chunks_each < 160 else (8, 8, 1)
+    blocks_each = tiles * max_length / 32 / properties.multi_processor_count
+    chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
     limit = properties.shared_memory_per_block_optin
-    while chunks > 1 and blocks * (_shared_bytes(form, chunks, warps) + 2048) > limit:
+    while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2
-    splits = choose_splits(tiles, -(-max_length // form.group_size), warps, blocks * properties.multi_processor_count)
-    return Plan(chunks, warps, blocks, splits)
+    splits = choose_splits(tiles, -(-max_length // form.group_size), warps, properties.multi_processor_count)
+    return Plan(chunks, warps, 1, splits)
 
 
 def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
@@ -213,7 +215,7 @@ def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
     most = max(1, min(-(-records // warps), 256))
 
     def cost(splits: int) -> float:
-        return -(-tiles * splits // slots) * (-(-records // (splits * warps)) + fixed) + (0.5 + splits / 64 if splits > 1 else 0)
+        return -(-tiles * splits // slots) * (records / (splits * warps) + fixed) + (0.5 if splits > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
 
