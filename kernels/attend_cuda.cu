@@ -130,10 +130,12 @@ __device__ __forceinline__ float read_fresh(const float* p) {
 struct Copies {
   u32 barrier;
   int phase;
+  unsigned long long read_once;
   __device__ __forceinline__ void init(u32 at, int lane) {
     barrier = at;
     phase = 0;
 #if BULK
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(read_once));
     if (lane == 0) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8) : "memory");
@@ -146,7 +148,8 @@ struct Copies {
     if (lane == 0 && bytes > 0) {
       const u32 b = barrier + 8 * side;
       asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from), "r"(bytes), "r"(b) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                   "l"(from), "r"(bytes), "r"(b), "l"(read_once) : "memory");
     }
 #else
     for (int i = lane * 16; i < bytes; i += 512) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
@@ -268,27 +271,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   start_keys(0);
   start_values(0);
   __syncwarp();
-
-  // A unit of tokens in full precision, straight from memory: a lane takes 8 channels, in each 32, of rows g and g + 8.
-  uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
-  auto load_unit = [&](int unit) {
-    const bool is_prefix = unit < prefix_units;
-    const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
-    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
-    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head : residual.keys + batch * residual.key_batch + head * residual.key_head;
-    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head : residual.values + batch * residual.value_batch + head * residual.value_head;
-#pragma unroll
-    for (int rr = 0; rr < 2; rr++)
-#pragma unroll
-      for (int j = 0; j < WIDTH / 32; j++) {
-        kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
-        if (g + 8 * rr < left) {
-          kr[rr][j] = *reinterpret_cast<const uint4*>(k + (at + g + 8 * rr) * key_token + 8 * t + 32 * j);
-          vr[rr][j] = *reinterpret_cast<const uint4*>(v + (at + g + 8 * rr) * value_token + 8 * t + 32 * j);
-        }
-      }
-  };
-  if (first_unit < last_unit) load_unit(first_unit);
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
   u32 q[KEY_STEPS][2];
@@ -448,6 +430,26 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
   };
 
+  // A unit of tokens in full precision, straight from memory: a lane takes 8 channels, in each 32, of rows g and g + 8.
+  uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
+  auto load_unit = [&](int unit) {
+    const bool is_prefix = unit < prefix_units;
+    const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
+    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
+    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head : residual.keys + batch * residual.key_batch + head * residual.key_head;
+    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head : residual.values + batch * residual.value_batch + head * residual.value_head;
+#pragma unroll
+    for (int rr = 0; rr < 2; rr++)
+#pragma unroll
+      for (int j = 0; j < WIDTH / 32; j++) {
+        kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
+        if (g + 8 * rr < left) {
+          kr[rr][j] = *reinterpret_cast<const uint4*>(k + (at + g + 8 * rr) * key_token + 8 * t + 32 * j);
+          vr[rr][j] = *reinterpret_cast<const uint4*>(v + (at + g + 8 * rr) * value_token + 8 * t + 32 * j);
+        }
+      }
+  };
+
   // Tokens in full precision, 16 at a time. Channel order does not matter to scores; in the output it is `channel_of`, which is why
   // values are packed in that order.
   if (first_unit < last_unit) {
@@ -459,7 +461,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
 #pragma unroll 1
     for (int unit = first_unit; unit < last_unit; unit++) {
-      if (unit > first_unit) load_unit(unit);
+      load_unit(unit);
       const int left = unit < prefix_units ? prefix_length - unit * 16 : residual_length - (unit - prefix_units) * 16;
       float s[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
