@@ -54,6 +54,7 @@ constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
 constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
+constexpr float GROWTH = 8.f;
 constexpr float CODE_UNIT = 5.9604644775390625e-8f;  // 2^-24
 
 static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copied in pieces of 16 bytes");
@@ -61,6 +62,7 @@ static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copie
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
 __device__ __forceinline__ u32 multiply(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 larger(u32 a, u32 b) { u32 d; asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
 __device__ __forceinline__ u32 transpose(u32 a) {
   u32 d;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
@@ -388,6 +390,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     const int e = (int)(__float_as_uint(value_bound) >> 23) - 126;
     bias -= value_bound > 1.f ? (float)e : 0.f;
   }
+  const u32 half_limit = (u32)((int)(bias + GROWTH) + 15) << 10;  // the running maximum is raised when it would grow by more than 2^GROWTH
   if (OFFSET_PAIRS > 0) __syncthreads();
 
   float acc[TILES][4];
@@ -400,33 +403,31 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   float full0 = 0.f, full1 = 0.f;                  // sum of probabilities of tokens in full precision
   float sum[4] = {0.f, 0.f, 0.f, 0.f};             // and of history, twice
 
-  // Raises the running maximum to x of this lane's rows; only if it would grow by more than 2^8.
+  // Raises the running maximum to x of all rows.
   auto raise = [&](float x0, float x1) {
-    if (__any_sync(~0u, x0 > top0 + 8.f || x1 > top1 + 8.f)) {
 #pragma unroll
-      for (int k = 4; k < 32; k *= 2) {
-        x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, k));
-        x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, k));
-      }
-      x0 = fmaxf(x0, top0);
-      x1 = fmaxf(x1, top1);
-      const float a0 = exp2_fast(top0 - x0), a1 = exp2_fast(top1 - x1);
-      top0 = x0;
-      top1 = x1;
-      full0 *= a0;
-      full1 *= a1;
+    for (int k = 4; k < 32; k *= 2) {
+      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, k));
+      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, k));
+    }
+    x0 = fmaxf(x0, top0);
+    x1 = fmaxf(x1, top1);
+    const float a0 = exp2_fast(top0 - x0), a1 = exp2_fast(top1 - x1);
+    top0 = x0;
+    top1 = x1;
+    full0 *= a0;
+    full1 *= a1;
 #pragma unroll
-      for (int k = 0; k < 4; k++) sum[k] *= k & 1 ? a1 : a0;
+    for (int k = 0; k < 4; k++) sum[k] *= k & 1 ? a1 : a0;
 #pragma unroll
-      for (int m = 0; m < TILES; m++)
+    for (int m = 0; m < TILES; m++)
 #pragma unroll
-        for (int k = 0; k < 4; k++) acc[m][k] *= k & 1 ? a1 : a0;
-      if (VALUE_STORED || VALUE_SCALE == 2) {
+      for (int k = 0; k < 4; k++) acc[m][k] *= k & 1 ? a1 : a0;
+    if (VALUE_STORED || VALUE_SCALE == 2) {
 #pragma unroll
-        for (int m = 0; m < (int)(sizeof(base) / 16); m++)
+      for (int m = 0; m < (int)(sizeof(base) / 16); m++)
 #pragma unroll
-          for (int k = 0; k < 4; k++) base[m][k] *= k & 1 ? a1 : a0;
-      }
+        for (int k = 0; k < 4; k++) base[m][k] *= k & 1 ? a1 : a0;
     }
   };
 
@@ -471,7 +472,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       }
 #pragma unroll
       for (int k = 0; k < 4; k++) s[k] = g + 8 * (k >> 1) < left ? s[k] * exponent_scale : NEVER;
-      raise(fmaxf(s[0], s[2]), fmaxf(s[1], s[3]));
+      const float x0 = fmaxf(s[0], s[2]), x1 = fmaxf(s[1], s[3]);
+      if (__any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) raise(x0, x1);
 #pragma unroll
       for (int k = 0; k < 4; k++) s[k] = exp2_fast(s[k] - (k & 1 ? top1 : top0) + bias);
       u32 b0 = pack_input(s[0], s[1]), b1 = pack_input(s[2], s[3]);
@@ -611,39 +613,72 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
     offset0 = fmaf(offset0, one0, centre0);
     offset1 = fmaf(offset1, one1, centre1);
-    float o[N][2], x0 = NEVER, x1 = NEVER;
+    float o[N][2];
 #pragma unroll
     for (int i = 0; i < N; i++) {
       o[i][0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
       o[i][1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
-      float top[4] = {NEVER, NEVER, NEVER, NEVER};
+    }
+    auto raise_to_these = [&](bool is_needed_anyway) {
+      float x0 = NEVER, x1 = NEVER;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        float top[4] = {NEVER, NEVER, NEVER, NEVER};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+          for (int k = 0; k < 8; k++) top[k & 3] = fmaxf(top[k & 3], s[i * CHUNKS + c][k >> 2][k & 3]);
+        x0 = fmaxf(x0, fmaf(fmaxf(top[0], top[2] * 0.0625f), low0, o[i][0]));
+        x1 = fmaxf(x1, fmaf(fmaxf(top[1], top[3] * 0.0625f), low1, o[i][1]));
+      }
+      if (is_needed_anyway || __any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) raise(x0, x1);
+    };
+    u32 probabilities[N * CHUNKS][2][2];
+    auto weigh = [&](int i) {
+      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
+      const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
+      u32 largest_half = 0;
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
-        for (int k = 0; k < 8; k++) top[k & 3] = fmaxf(top[k & 3], s[i * CHUNKS + c][k >> 2][k & 3]);
-      x0 = fmaxf(x0, fmaf(fmaxf(top[0], top[2] * 0.0625f), low0, o[i][0]));
-      x1 = fmaxf(x1, fmaf(fmaxf(top[1], top[3] * 0.0625f), low1, o[i][1]));
+        for (int ks = 0; ks < 2; ks++) {
+          const float(&sc)[4] = s[i * CHUNKS + c][ks];
+          u32(&p)[2] = probabilities[i * CHUNKS + c][ks];
+          p[0] = pack_half(exp2_fast(fmaf(sc[0], low0, minus0)), exp2_fast(fmaf(sc[1], low1, minus1)));
+          p[1] = pack_half(exp2_fast(fmaf(sc[2], high0, minus0 - 2.f)), exp2_fast(fmaf(sc[3], high1, minus1 - 2.f)));
+          largest_half = larger(largest_half, larger(p[0], p[1]));
+        }
+      return largest_half;
+    };
+    // With few tokens, probabilities are made as if the running maximum were still right, and again if they come out too large: that
+    // is faster than to find the maximum first. With many, it is slower, and they are made one record at a time, below.
+    constexpr bool guesses = N * CHUNKS <= 2;
+    if constexpr (guesses) {
+#pragma unroll 1
+      for (bool is_raised = false;; is_raised = true) {
+        u32 largest_half = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) largest_half = larger(largest_half, weigh(i));
+        if (is_raised || !__any_sync(~0u, (largest_half & 0xffffu) > half_limit || (largest_half >> 16) > half_limit)) break;
+        raise_to_these(true);
+      }
+    } else {
+      raise_to_these(false);
     }
-    raise(x0, x1);
 
     if constexpr (!tail) copies.wait(1);
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const u8* record = value_slot + (from + i) * VALUE_RECORD;
+      if constexpr (!guesses) weigh(i);
       u32 b[CHUNKS][2][2];
-      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
-      const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
-      const float minus[4] = {minus0, minus1, minus0 - 2.f, minus1 - 2.f};
       float own[4] = {0.f, 0.f, 0.f, 0.f};  // sum of the probabilities of this record, on every lane
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
         for (int ks = 0; ks < 2; ks++) {
-          float p[4];
-#pragma unroll
-          for (int k = 0; k < 4; k++) p[k] = exp2_fast(fmaf(s[i * CHUNKS + c][ks][k], k == 0 ? low0 : k == 1 ? low1 : k == 2 ? high0 : high1, minus[k]));
-          b[c][ks][0] = transpose(pack_half(p[0], p[1]));
-          b[c][ks][1] = transpose(pack_half(p[2], p[3]));
+          b[c][ks][0] = transpose(probabilities[i * CHUNKS + c][ks][0]);
+          b[c][ks][1] = transpose(probabilities[i * CHUNKS + c][ks][1]);
           if constexpr (VALUE_SCALE == 1) mma(own, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], own);
           else mma(sum, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], sum);
         }

@@ -21,7 +21,7 @@ LOG2_E = 1.4426950408889634
 DTYPES = (torch.float16, torch.bfloat16)
 OLDEST_CAPABILITY = (8, 0)
 # Chunks and warps of a plan, by the blocks of 32 tokens that there are for a multiprocessor.
-PLANS = ((12, (1, 4)), (24, (2, 4)), (48, (2, 8)), (500, (4, 8)), (float("inf"), (4, 12)))
+PLANS = ((12, (1, 4)), (48, (2, 8)), (180, (4, 8)), (float("inf"), (4, 12)))
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,8 @@ def _choose(form: Form, tiles: int, max_length: int, device: torch.device) -> Pl
     properties = torch.cuda.get_device_properties(device)
     blocks_each = tiles * max_length / 32 / properties.multi_processor_count
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
+    if form.is_value_offset_stored:
+        warps = min(warps, 8)  # their products need registers
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2

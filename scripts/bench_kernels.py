@@ -32,8 +32,9 @@ from vidkv_kernels.span import Span
 QUERY_HEADS, HEADS, WIDTH, LAYERS, RESIDUAL = 28, 4, 128, 28, 128
 SCALING = WIDTH**-0.5
 SHAPES = tuple((1, tokens << 10) for tokens in (2, 4, 8, 16, 32, 128)) + ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
+ALL_RECIPES_AT = (8, 32768)
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
-LOAD_SECONDS = 0.25
+LOAD_SECONDS = 0.2
 COLUMNS = (
     "operation", "provider", "recipe", "batch", "tokens", "microseconds", "p20", "p80", "times_faster", "times_floor", "stored_bytes",
 )  # fmt: skip
@@ -89,7 +90,7 @@ def measurements(shapes: tuple[tuple[int, int], ...], bandwidth: float) -> Itera
     for batch, tokens in shapes:
         timed = {("attend", name, ""): times for name, times in time_full_precision(batch, tokens).items()}
         best = min(median for _, (median, *_) in timed.values())
-        for recipe in RECIPES if tokens >= 32768 else MAIN:
+        for recipe in RECIPES if (batch, tokens) == ALL_RECIPES_AT else MAIN:
             timed |= {("attend", name, recipe): times for name, times in time_packed(batch, tokens, recipe).items()}
             torch.cuda.empty_cache()
         for (operation, provider, recipe), (stored, (median, p20, p80)) in timed.items():
