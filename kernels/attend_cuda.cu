@@ -1,0 +1,926 @@
+// One decode step of grouped-query attention over packed keys and values in fragment order, and over tokens in full precision.
+//
+// Tokens (scores) and channels (output) are the rows of mma.sync m16n8k16, up to 8 query heads of one key/value head its columns.
+// A masked field of a word, in place, is a half-precision subnormal, code * 2^(bit - 24), exact in the matrix units. Lane 4 g + t of a
+// word holds the fields of rows g and g + 8 (row half rr) and of columns 2 t + e and 2 t + 8 + e (column half kh):
+//     keys    bit 16 e + 8 (token tile) + 4 rr + 2 kh (+ parity of the k-step, 1-bit codes)
+//     values  bit 16 e + 8 (k-step)     + 4 rr + 2 kh (+ parity of the channel tile, 1-bit codes)
+// The power of two of a column goes into the other operand (query, probabilities), that of a row into the softmax or the final scale.
+// Key scales multiply the query, value scales the accumulators. The order of bytes in a record is that of fragments.py.
+//
+// Compile-time constants, set by attend_cuda.py:
+//   WIDTH           channels of query and values, 64 or 128
+//   KEY_STEPS       k-steps of 16 key channels; WIDE_STEPS of them, the first ones, have 2-bit codes
+//   STORED_STEPS    first k-steps that have a stored offset
+//   CHANNELS, WIDE_CHANNELS, CENTRED_FROM   key channels, those with 2-bit codes, and the first one whose middle code is not 0
+//   CHUNKS          blocks of 32 tokens in a record, which share metadata
+//   VALUE_BITS, VALUE_CENTRE (twice the middle code, if codes are centred, else 0), VALUE_STORED (offset in metadata)
+//   VALUE_SCALE     0 none, 1 per channel, 2 per token in groups of 32 channels
+//   RECORDS, WARPS, MIN_BLOCKS   records a warp takes at a time, warps a block, blocks a multiprocessor
+//   BRAIN           query, residual and output are bfloat16
+//   MAPPED          scores are of the query times a matrix; CENTERED: and of the query times a constant vector besides
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+
+#if __CUDA_ARCH__ >= 900
+#define BULK 1
+#else
+#define BULK 0
+#endif
+
+constexpr int NARROW_STEPS = KEY_STEPS - WIDE_STEPS;
+constexpr int TILES = WIDTH / 16;
+constexpr int RECORD_TOKENS = 32 * CHUNKS;
+constexpr int KEY_CODES = WIDE_STEPS * 128 + NARROW_STEPS * 64;
+constexpr int KEY_PAIRS = (KEY_STEPS + 1) / 2;
+constexpr int STORED_PAIRS = (STORED_STEPS + 1) / 2;
+constexpr int KEY_SCALE_AT = CHUNKS * KEY_CODES;
+constexpr int KEY_OFFSET_AT = KEY_SCALE_AT + KEY_PAIRS * 64;
+constexpr int KEY_RECORD = KEY_OFFSET_AT + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
+constexpr int FACTOR_PAIR = CENTRED_FROM / 32;
+constexpr int FACTOR_PAIRS = CENTRED_FROM < CHANNELS ? KEY_PAIRS - FACTOR_PAIR : 0;
+constexpr int OFFSET_PAIRS = STORED_PAIRS + FACTOR_PAIRS;
+constexpr int VALUE_CODES = TILES * 64 * VALUE_BITS;
+constexpr int VALUE_WORDS = TILES * VALUE_BITS / 2;
+constexpr int VALUE_METADATA = VALUE_SCALE == 1 ? WIDTH * 2 : VALUE_SCALE == 2 ? WIDTH * 2 * CHUNKS : 0;
+constexpr int VALUE_SCALE_AT = CHUNKS * VALUE_CODES;
+constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
+constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
+constexpr int TOKEN_GROUPS = WIDTH / 32;
+constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
+constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
+constexpr float NEVER = -3e38f;
+constexpr float LOWEST = -1e30f;
+constexpr float GROWTH = 8.f;
+constexpr float CODE_UNIT = 5.9604644775390625e-8f;  // 2^-24
+
+static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copied in pieces of 16 bytes");
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
+__device__ __forceinline__ u32 multiply(u32 a, u32 b) { u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 larger(u32 a, u32 b) { u32 d; asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d; }
+__device__ __forceinline__ u32 transpose(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ __forceinline__ float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float log2_fast(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float power(int e) { return as_float((u32)(e + 127) << 23); }
+__device__ __forceinline__ u32 pack_half(float low, float high) {
+  u32 d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ u32 pack_brain(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ float half_low(u32 x) { float y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(y) : "r"(x)); return y; }
+__device__ __forceinline__ float half_high(u32 x) { float y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(y) : "r"(x)); return y; }
+#if BRAIN
+__device__ __forceinline__ float input_low(u32 x) { return as_float(x << 16); }
+__device__ __forceinline__ float input_high(u32 x) { return as_float(x & 0xffff0000u); }
+__device__ __forceinline__ u32 pack_input(float low, float high) { return pack_brain(low, high); }
+constexpr u32 INPUT_ONES = 0x3f803f80u;
+#else
+__device__ __forceinline__ float input_low(u32 x) { return half_low(x); }
+__device__ __forceinline__ float input_high(u32 x) { return half_high(x); }
+__device__ __forceinline__ u32 pack_input(float low, float high) { return pack_half(low, high); }
+constexpr u32 INPUT_ONES = 0x3c003c00u;
+#endif
+constexpr u32 HALF_1 = 0x3c003c00u, HALF_4 = 0x44004400u;
+
+__device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+__device__ __forceinline__ void mma_input(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BRAIN
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  mma(d, a0, a1, a2, a3, b0, b1, d);
+#endif
+}
+
+__device__ __forceinline__ void start_dependents() {
+#if BULK
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if BULK
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// What the kernel in front wrote, to be read after `wait_for_previous`: not to be moved in front of it, as loads from const memory may.
+__device__ __forceinline__ float read_fresh(const float* p) {
+  float x;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
+  return x;
+}
+// Copies of one warp, one for keys and one for values in flight. With bulk copies each side has a barrier; without, each copy is a
+// group, and they alternate, so that all but the newest having arrived means that the one wanted has.
+struct Copies {
+  u32 barrier;
+  int phase;
+  unsigned long long read_once;
+  __device__ __forceinline__ void init(u32 at, int lane) {
+    barrier = at;
+    phase = 0;
+#if BULK
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(read_once));
+    if (lane == 0) {
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
+      asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8) : "memory");
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+#endif
+  }
+  __device__ __forceinline__ void start(int side, u32 to, const u8* from, int bytes, int lane) {
+#if BULK
+    if (lane == 0 && bytes > 0) {
+      const u32 b = barrier + 8 * side;
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(b), "r"(bytes) : "memory");
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                   "l"(from), "r"(bytes), "r"(b), "l"(read_once) : "memory");
+    }
+#else
+    for (int i = lane * 16; i < bytes; i += 512) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  __device__ __forceinline__ void wait(int side) {
+#if BULK
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D: }" ::"r"(barrier + 8 * side), "r"(phase) : "memory");
+#else
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+#endif
+  }
+};
+
+// N words of this lane, as fragments.py stores them: fours, then two, then one.
+template <int N>
+__device__ __forceinline__ void load_words(u32 (&words)[N > 0 ? N : 1], const u8* from, int lane) {
+#pragma unroll
+  for (int i = 0; i + 4 <= N; i += 4) *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + i * 128 + lane * 16);
+  constexpr int done = N / 4 * 4;
+  if constexpr (N % 4 >= 2) {
+    const uint2 two = *reinterpret_cast<const uint2*>(from + done * 128 + lane * 8);
+    words[done] = two.x;
+    words[done + 1] = two.y;
+  }
+  if constexpr (N % 2) words[N - 1] = *reinterpret_cast<const u32*>(from + (N - 1) * 128 + lane * 4);
+}
+
+// One field of a word as an operand of the matrix units: rows g and g + 8, columns 2 t and 2 t + 8.
+template <int BITS>
+struct Fields {
+  u32 a0, a1, a2, a3;
+  __device__ __forceinline__ Fields(u32 word, int parity) {
+    const u32 mask = (BITS == 2 ? 0x00030003u : 0x00010001u) << parity;
+    a0 = word & mask;
+    a1 = word & (mask << 4);
+    a2 = word & (mask << 2);
+    a3 = word & (mask << 6);
+  }
+};
+
+template <int VALUE>
+struct Number {
+  static constexpr int value = VALUE;
+};
+
+struct Part {  // tokens in full precision
+  const u16* keys;
+  const u16* values;
+  const int* lengths;
+  i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
+};
+
+__device__ __forceinline__ float middle(int channel) { return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f; }
+__device__ __forceinline__ int channel_of(int tile, int row_half, int g) { return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1); }
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
+attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
+       const u16* __restrict__ query, const float* __restrict__ key_scale_max,
+       const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
+       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix,
+       float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
+       float exponent_scale) {
+  extern __shared__ __align__(128) u8 shared[];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
+  const int head_blocks = ratio <= 8 ? 1 : (ratio + 7) / 8, head = head_blocks == 1 ? blockIdx.y : blockIdx.y / head_blocks;
+  const int first_head = (blockIdx.y - head * head_blocks) * 8, head_count = min(8, ratio - first_head);
+  const int bh = batch * heads + head;
+  const i64 query_row = (i64)bh * ratio + first_head;
+  start_dependents();
+
+  // Everything small is asked for before the first of it is needed.
+  const int length = keys ? lengths[batch] : 0;
+  const int residual_length = residual.lengths[batch], prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
+  const float key_bound = keys ? key_scale_max[bh] : 1.f, value_bound = keys && VALUE_SCALE == 2 ? value_scale_max[bh] : 1.f;
+  u32 words[TILES][2];
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++)
+      words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
+#if MAPPED
+  const u8* const matrix = rotation + batch * rotation_batch + head * rotation_head + lane * 16;
+  uint4 columns[TILES];
+#pragma unroll
+  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
+#endif
+
+  // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
+  const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
+  const int prefix_units = (prefix_length + 15) / 16, units = prefix_units + (residual_length + 15) / 16;
+  const u32 workers = splits * WARPS, worker = split * WARPS + warp;
+  constexpr int UNIT_COST = (3 + CHUNKS - 1) / CHUNKS;
+  int unit_cost = 0;
+#pragma unroll
+  for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && records >= k * workers;
+  // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up.
+  auto part = [&](u32 share, u32 rest, u32 i) { return (int)(i * share + __umulhi(i * rest, reciprocal)); };
+  const u32 total = records + unit_cost * units, share = total / workers, rest = total - share * workers;
+  const u32 unit_share = (u32)units < workers ? 0 : units / workers, unit_rest = units - unit_share * workers;
+  const int first_unit = part(unit_share, unit_rest, worker), last_unit = part(unit_share, unit_rest, worker + 1);
+  const int first = part(share, rest, worker) - unit_cost * first_unit;
+  const int count = part(share, rest, worker + 1) - unit_cost * last_unit - first;
+  const bool cut = length % RECORD_TOKENS && count > 0 && first + count == records;  // ends in a record that is not full
+
+  u8* const key_slot = shared + warp * SLOT;
+  u8* const value_slot = key_slot + RECORDS * KEY_RECORD;
+  u8* const after_slots = shared + WARPS * SLOT;
+  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * 16);  // [OFFSET_PAIRS][32]
+  const u8* const key_run = keys + ((i64)bh * capacity + first) * KEY_RECORD;
+  const u8* const value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
+  Copies copies;
+  copies.init(shared_address(after_slots) + warp * 16, lane);
+  auto start_keys = [&](int at) { copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane); };
+  auto start_values = [&](int at) { copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, min(RECORDS, count - at) * VALUE_RECORD, lane); };
+  start_keys(0);
+  start_values(0);
+  __syncwarp();
+
+  // The query of head g in half precision, by a power of two small enough for its products with key scales.
+  u32 q[KEY_STEPS][2];
+  float shift_own = 1.f;   // what was taken out of head g, a power of two
+  float centre_own = 0.f;  // query times center
+  float x[KEY_STEPS][2][2];
+  auto largest = [&](float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+  };
+  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
+#if CENTERED
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) {
+      const float2 two = *reinterpret_cast<const float2*>(center + batch * center_batch + head * center_head + 16 * j + 8 * kh + 2 * t);
+      centre_own = fmaf(input_low(words[j][kh]), two.x, fmaf(input_high(words[j][kh]), two.y, centre_own));
+    }
+  centre_own += __shfl_xor_sync(~0u, centre_own, 1);
+  centre_own += __shfl_xor_sync(~0u, centre_own, 2);
+#endif
+#if MAPPED
+  // 16 key channels a warp; the query is exact but for a power of two.
+  {
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
+    const int e = exponent(largest(most), 0);
+    shift_own = power(e);
+    const float down = power(-e);
+    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * 16 + OFFSET_PAIRS * 512);
+    for (int step = warp; step < KEY_STEPS; step += WARPS) {
+      float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < TILES; j++) {
+        const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
+        const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
+        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(matrix + (step * TILES + j) * 512);
+        mma(j % 2 ? odd : even, columns[j].x, columns[j].y, columns[j].z, columns[j].w, b0, b1, j % 2 ? odd : even);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) mapped[(2 * t + (k & 1)) * MAPPED_ROW + 16 * step + 8 * (k >> 1) + g] = even[k] + odd[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        const float2 two = *reinterpret_cast<const float2*>(mapped + g * MAPPED_ROW + 16 * j + 8 * kh + 2 * t);
+        x[j][kh][0] = two.x;
+        x[j][kh][1] = two.y;
+      }
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) {
+      x[j][kh][0] = input_low(words[j][kh]);
+      x[j][kh][1] = input_high(words[j][kh]);
+    }
+#endif
+  {
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(x[j][kh][0]), fabsf(x[j][kh][1])));
+    const int e = exponent(largest(most) * fmaxf(1.f, key_bound), 13);
+    shift_own *= power(e);
+    const float down = power(-e);
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        x[j][kh][0] *= down;
+        x[j][kh][1] *= down;
+        const float f = (kh ? 0.25f : 1.f) * (j >= WIDE_STEPS && (j - WIDE_STEPS) % 2 ? 0.5f : 1.f);
+        q[j][kh] = pack_half(x[j][kh][0] * f, x[j][kh][1] * f);
+      }
+    if (warp == 0) {
+#pragma unroll
+      for (int p = 0; p < OFFSET_PAIRS; p++) {
+        u32 w[2][2] = {{0u, 0u}, {0u, 0u}};
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+          const bool is_stored = p < STORED_PAIRS;
+          const int j = is_stored ? 2 * p + i : 2 * (FACTOR_PAIR + p - STORED_PAIRS) + i;
+          if (j < (is_stored ? STORED_STEPS : KEY_STEPS)) {
+#pragma unroll
+            for (int kh = 0; kh < 2; kh++) {
+              const int channel = 16 * j + 8 * kh + 2 * t;
+              const float f0 = is_stored ? 1.f : -middle(channel), f1 = is_stored ? 1.f : -middle(channel + 1);
+              w[i][kh] = pack_half(x[j < KEY_STEPS ? j : 0][kh][0] * f0, x[j < KEY_STEPS ? j : 0][kh][1] * f1);
+            }
+          }
+        }
+        offset_query[p * 32 + lane] = make_uint4(w[0][0], w[1][0], w[0][1], w[1][1]);
+      }
+    }
+  }
+  // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8), their offsets in units of 1; these turn them into exponents
+  // of 2, for heads 2 t and 2 t + 1.
+  const float shift0 = __shfl_sync(~0u, shift_own, 8 * t), shift1 = __shfl_sync(~0u, shift_own, 8 * t + 4);
+  const float low0 = exponent_scale * 16777216.f * shift0, low1 = exponent_scale * 16777216.f * shift1;
+  const float high0 = low0 * 0.0625f, high1 = low1 * 0.0625f, one0 = exponent_scale * shift0, one1 = exponent_scale * shift1;
+  const float centre0 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t) : 0.f;
+  const float centre1 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t + 4) : 0.f;
+  // Probabilities are kept large, because half precision has little room below; what they are multiplied with must leave room above.
+  float bias = 7.f;
+  if (VALUE_SCALE == 2) {
+    const int e = (int)(__float_as_uint(value_bound) >> 23) - 126;
+    bias -= value_bound > 1.f ? (float)e : 0.f;
+  }
+  const u32 half_limit = (u32)((int)(bias + GROWTH) + 15) << 10;  // the running maximum is raised when it would grow by more than 2^GROWTH
+  if (OFFSET_PAIRS > 0) __syncthreads();
+
+  float acc[TILES][4];
+#pragma unroll
+  for (int m = 0; m < TILES; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.f;
+  float base[VALUE_STORED && VALUE_SCALE == 1 ? TILES : 4][4];  // stored offsets of values times probabilities; see the end for rows
+#pragma unroll
+  for (int m = 0; m < (int)(sizeof(base) / 16); m++) base[m][0] = base[m][1] = base[m][2] = base[m][3] = 0.f;
+  float top0 = LOWEST, top1 = LOWEST;              // running maximum, exponents of 2
+  float full0 = 0.f, full1 = 0.f;                  // sum of probabilities of tokens in full precision
+  float sum[4] = {0.f, 0.f, 0.f, 0.f};             // and of history, twice
+
+  // Raises the running maximum to x of all rows.
+  auto raise = [&](float x0, float x1) {
+#pragma unroll
+    for (int k = 4; k < 32; k *= 2) {
+      x0 = fmaxf(x0, __shfl_xor_sync(~0u, x0, k));
+      x1 = fmaxf(x1, __shfl_xor_sync(~0u, x1, k));
+    }
+    x0 = fmaxf(x0, top0);
+    x1 = fmaxf(x1, top1);
+    const float a0 = exp2_fast(top0 - x0), a1 = exp2_fast(top1 - x1);
+    top0 = x0;
+    top1 = x1;
+    full0 *= a0;
+    full1 *= a1;
+#pragma unroll
+    for (int k = 0; k < 4; k++) sum[k] *= k & 1 ? a1 : a0;
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) acc[m][k] *= k & 1 ? a1 : a0;
+    if (VALUE_STORED || VALUE_SCALE == 2) {
+#pragma unroll
+      for (int m = 0; m < (int)(sizeof(base) / 16); m++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) base[m][k] *= k & 1 ? a1 : a0;
+    }
+  };
+
+  // A unit of tokens in full precision, straight from memory: a lane takes 8 channels, in each 32, of rows g and g + 8.
+  uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
+  auto load_unit = [&](int unit) {
+    const bool is_prefix = unit < prefix_units;
+    const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
+    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
+    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head : residual.keys + batch * residual.key_batch + head * residual.key_head;
+    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head : residual.values + batch * residual.value_batch + head * residual.value_head;
+#pragma unroll
+    for (int rr = 0; rr < 2; rr++)
+#pragma unroll
+      for (int j = 0; j < WIDTH / 32; j++) {
+        kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
+        if (g + 8 * rr < left) {
+          kr[rr][j] = *reinterpret_cast<const uint4*>(k + (at + g + 8 * rr) * key_token + 8 * t + 32 * j);
+          vr[rr][j] = *reinterpret_cast<const uint4*>(v + (at + g + 8 * rr) * value_token + 8 * t + 32 * j);
+        }
+      }
+  };
+
+  // Tokens in full precision, 16 at a time. Channel order does not matter to scores; in the output it is `channel_of`, which is why
+  // values are packed in that order.
+  if (first_unit < last_unit) {
+    uint4 raw[WIDTH / 32];
+#pragma unroll
+    for (int j = 0; j < WIDTH / 32; j++) {
+      raw[j] = make_uint4(0, 0, 0, 0);
+      if (g < head_count) raw[j] = *reinterpret_cast<const uint4*>(query + (query_row + g) * WIDTH + 32 * j + 8 * t);
+    }
+#pragma unroll 1
+    for (int unit = first_unit; unit < last_unit; unit++) {
+      load_unit(unit);
+      const int left = unit < prefix_units ? prefix_length - unit * 16 : residual_length - (unit - prefix_units) * 16;
+      float s[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < WIDTH / 32; j++) {
+        mma_input(s, kr[0][j].x, kr[1][j].x, kr[0][j].y, kr[1][j].y, raw[j].x, raw[j].y);
+        mma_input(s, kr[0][j].z, kr[1][j].z, kr[0][j].w, kr[1][j].w, raw[j].z, raw[j].w);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; k++) s[k] = g + 8 * (k >> 1) < left ? s[k] * exponent_scale : NEVER;
+      const float x0 = fmaxf(s[0], s[2]), x1 = fmaxf(s[1], s[3]);
+      if (__any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) raise(x0, x1);
+#pragma unroll
+      for (int k = 0; k < 4; k++) s[k] = exp2_fast(s[k] - (k & 1 ? top1 : top0) + bias);
+      u32 b0 = pack_input(s[0], s[1]), b1 = pack_input(s[2], s[3]);
+#if BRAIN  // probabilities in two terms: bfloat16 alone has 8 bits
+      const u32 c0 = transpose(pack_input(s[0] - input_low(b0), s[1] - input_high(b0)));
+      const u32 c1 = transpose(pack_input(s[2] - input_low(b1), s[3] - input_high(b1)));
+#endif
+      b0 = transpose(b0);
+      b1 = transpose(b1);
+      float ones[4] = {0.f, 0.f, 0.f, 0.f};
+      mma_input(ones, INPUT_ONES, INPUT_ONES, INPUT_ONES, INPUT_ONES, b0, b1);
+#if BRAIN
+      mma_input(ones, INPUT_ONES, INPUT_ONES, INPUT_ONES, INPUT_ONES, c0, c1);
+#endif
+      full0 += ones[0];
+      full1 += ones[1];
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        const uint4 &v0 = vr[0][m >> 1], &v1 = vr[1][m >> 1];
+        const u32 a0 = transpose(m & 1 ? v0.z : v0.x), a1 = transpose(m & 1 ? v0.w : v0.y);
+        const u32 a2 = transpose(m & 1 ? v1.z : v1.x), a3 = transpose(m & 1 ? v1.w : v1.y);
+        mma_input(acc[m], a0, a1, a2, a3, b0, b1);
+#if BRAIN
+        mma_input(acc[m], a0, a1, a2, a3, c0, c1);
+#endif
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < TILES; m++)
+#pragma unroll
+      for (int k = 0; k < 4; k++) acc[m][k] *= CODE_UNIT * (k & 2 ? 16.f : 1.f) * (VALUE_BITS == 1 && m & 1 ? 2.f : 1.f);
+  }
+
+  // One step over `size` records that lie in the slots, from the one at `from` on. In the tail they have arrived, and nothing comes after.
+  auto step = [&](auto size, auto is_tail, int at, int from) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+    constexpr bool tail = decltype(is_tail)::value;
+    constexpr int SUMS = N * CHUNKS <= 2 ? 2 : 1;
+    if constexpr (!tail) copies.wait(0);
+    float offset0 = 0.f, offset1 = 0.f;  // of scores, the same for all tokens of record g
+    if constexpr (OFFSET_PAIRS > 0) {
+      // Rows are records. Registers 0 and 2 of a quad belong to rows g, 1 and 3 to rows g + 8; the halves that do not match are ignored.
+      float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
+      const u8* record = key_slot + (from + (g < N ? g : N - 1)) * KEY_RECORD;
+#pragma unroll
+      for (int p = 0; p < OFFSET_PAIRS; p++) {
+        uint4 a;
+        if (p >= STORED_PAIRS) {
+          a = *reinterpret_cast<const uint4*>(record + KEY_SCALE_AT + (FACTOR_PAIR + p - STORED_PAIRS) * 64 + t * 16);
+        } else if (2 * p + 1 < STORED_STEPS) {
+          a = *reinterpret_cast<const uint4*>(record + KEY_OFFSET_AT + p * 64 + t * 16);
+        } else {
+          const uint2 two = *reinterpret_cast<const uint2*>(record + KEY_OFFSET_AT + p * 64 + t * 8);
+          a = make_uint4(two.x, two.y, 0, 0);
+        }
+        const uint4 b = offset_query[p * 32 + lane];
+        mma(even, a.x, a.y, a.z, a.w, b.x, b.y, even);
+        mma(odd, a.x, a.y, a.z, a.w, b.z, b.w, odd);
+      }
+      offset0 = even[0] + odd[2];
+      offset1 = even[1] + odd[3];
+    }
+    float s[N * CHUNKS][2][4];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u8* record = key_slot + (from + i) * KEY_RECORD;
+      u32 b[KEY_STEPS + 1][2];
+#pragma unroll
+      for (int p = 0; p < KEY_PAIRS; p++) {
+        const uint4 scale = *reinterpret_cast<const uint4*>(record + KEY_SCALE_AT + p * 64 + t * 16);
+        b[2 * p][0] = multiply(q[2 * p][0], scale.x);
+        b[2 * p][1] = multiply(q[2 * p][1], scale.y);
+        if (2 * p + 1 < KEY_STEPS) {
+          b[2 * p + 1][0] = multiply(q[2 * p + 1 < KEY_STEPS ? 2 * p + 1 : 0][0], scale.z);
+          b[2 * p + 1][1] = multiply(q[2 * p + 1 < KEY_STEPS ? 2 * p + 1 : 0][1], scale.w);
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        // Two sums, where there are too few tokens to keep the matrix units busy with one.
+        float sums[2][2][4];
+#pragma unroll
+        for (int k = 0; k < 16; k++) sums[k >> 3][k >> 2 & 1][k & 3] = 0.f;
+        const u8* codes = record + c * KEY_CODES;
+        if constexpr (WIDE_STEPS > 0) {
+          u32 words[WIDE_STEPS > 0 ? WIDE_STEPS : 1];
+          load_words<WIDE_STEPS>(words, codes, lane);
+#pragma unroll
+          for (int j = 0; j < WIDE_STEPS; j++)
+#pragma unroll
+            for (int token_tile = 0; token_tile < 2; token_tile++) {
+              const Fields<2> a(token_tile ? words[j] >> 8 : words[j], 0);
+              mma(sums[j % SUMS][token_tile], a.a0, a.a1, a.a2, a.a3, b[j][0], b[j][1], sums[j % SUMS][token_tile]);
+            }
+        }
+        if constexpr (NARROW_STEPS > 0) {
+          constexpr int pairs = NARROW_STEPS / 2;
+          u32 words[pairs + 1];
+          const u8* narrow = codes + WIDE_STEPS * 128;
+          if constexpr (pairs > 0) {
+            u32 whole[pairs > 0 ? pairs : 1];
+            load_words<pairs>(whole, narrow, lane);
+#pragma unroll
+            for (int j = 0; j < pairs; j++) words[j] = whole[j];
+          }
+          if constexpr (NARROW_STEPS % 2) words[pairs] = __byte_perm(*reinterpret_cast<const u16*>(narrow + pairs * 128 + lane * 2), 0, 0x4140);
+#pragma unroll
+          for (int j = 0; j < NARROW_STEPS; j++)
+#pragma unroll
+            for (int token_tile = 0; token_tile < 2; token_tile++) {
+              // The last k-step of an odd number has one byte in each half, and its token tiles have even and odd bits.
+              const int shift = NARROW_STEPS % 2 && j == NARROW_STEPS - 1 ? 1 : 8;
+              const Fields<1> a(token_tile ? words[j / 2] >> shift : words[j / 2], j % 2);
+              float(&sum_of)[4] = sums[(WIDE_STEPS + j) % SUMS][token_tile];
+              mma(sum_of, a.a0, a.a1, a.a2, a.a3, b[WIDE_STEPS + j][0], b[WIDE_STEPS + j][1], sum_of);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) s[i * CHUNKS + c][k >> 2][k & 3] = SUMS == 2 ? sums[0][k >> 2][k & 3] + sums[1][k >> 2][k & 3] : sums[0][k >> 2][k & 3];
+      }
+    }
+    if constexpr (tail && N == 1) {
+      if (cut && at == count - 1) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+          for (int k = 0; k < 8; k++) {
+            const int token = (first + at) * RECORD_TOKENS + 32 * c + 16 * (k >> 2) + 8 * (k >> 1 & 1) + g;
+            if (token >= length) s[c][k >> 2][k & 3] = NEVER;
+          }
+      }
+    }
+    if constexpr (!tail) {
+      __syncwarp();
+      start_keys(at + N);
+    }
+
+    offset0 = fmaf(offset0, one0, centre0);
+    offset1 = fmaf(offset1, one1, centre1);
+    float o[N][2];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      o[i][0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
+      o[i][1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
+    }
+    auto raise_to_these = [&](bool is_needed_anyway) {
+      float x0 = NEVER, x1 = NEVER;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        float top[4] = {NEVER, NEVER, NEVER, NEVER};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+          for (int k = 0; k < 8; k++) top[k & 3] = fmaxf(top[k & 3], s[i * CHUNKS + c][k >> 2][k & 3]);
+        x0 = fmaxf(x0, fmaf(fmaxf(top[0], top[2] * 0.0625f), low0, o[i][0]));
+        x1 = fmaxf(x1, fmaf(fmaxf(top[1], top[3] * 0.0625f), low1, o[i][1]));
+      }
+      if (is_needed_anyway || __any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) raise(x0, x1);
+    };
+    u32 probabilities[N * CHUNKS][2][2];
+    auto weigh = [&](int i) {
+      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
+      const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
+      u32 largest_half = 0;
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int ks = 0; ks < 2; ks++) {
+          const float(&sc)[4] = s[i * CHUNKS + c][ks];
+          u32(&p)[2] = probabilities[i * CHUNKS + c][ks];
+          p[0] = pack_half(exp2_fast(fmaf(sc[0], low0, minus0)), exp2_fast(fmaf(sc[1], low1, minus1)));
+          p[1] = pack_half(exp2_fast(fmaf(sc[2], high0, minus0 - 2.f)), exp2_fast(fmaf(sc[3], high1, minus1 - 2.f)));
+          largest_half = larger(largest_half, larger(p[0], p[1]));
+        }
+      return largest_half;
+    };
+    // With few tokens, probabilities are made as if the running maximum were still right, and again if they come out too large: that
+    // is faster than to find the maximum first. With many, it is slower, and they are made one record at a time, below.
+    constexpr bool guesses = N * CHUNKS <= 2;
+    if constexpr (guesses) {
+#pragma unroll 1
+      for (bool is_raised = false;; is_raised = true) {
+        u32 largest_half = 0;
+#pragma unroll
+        for (int i = 0; i < N; i++) largest_half = larger(largest_half, weigh(i));
+        if (is_raised || !__any_sync(~0u, (largest_half & 0xffffu) > half_limit || (largest_half >> 16) > half_limit)) break;
+        raise_to_these(true);
+      }
+    } else {
+      raise_to_these(false);
+    }
+
+    if constexpr (!tail) copies.wait(1);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const u8* record = value_slot + (from + i) * VALUE_RECORD;
+      if constexpr (!guesses) weigh(i);
+      u32 b[CHUNKS][2][2];
+      float own[4] = {0.f, 0.f, 0.f, 0.f};  // sum of the probabilities of this record, on every lane
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int ks = 0; ks < 2; ks++) {
+          b[c][ks][0] = transpose(probabilities[i * CHUNKS + c][ks][0]);
+          b[c][ks][1] = transpose(probabilities[i * CHUNKS + c][ks][1]);
+          if constexpr (VALUE_SCALE == 1) mma(own, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], own);
+          else mma(sum, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], sum);
+        }
+      if constexpr (VALUE_SCALE == 1) {
+        sum[0] += own[0];
+        sum[1] += own[1];
+        u32 scale[TILES];
+#pragma unroll
+        for (int m = 0; m < TILES; m += 4) *reinterpret_cast<uint4*>(scale + m) = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + g * TILES * 4 + m * 4);
+        constexpr float centre = -0.5f * VALUE_CENTRE * CODE_UNIT;
+        const float start[4] = {own[0] * centre, own[1] * centre, own[0] * (16.f * centre), own[1] * (16.f * centre)};
+        float d[TILES][4];
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+          u32 words[VALUE_WORDS];
+          load_words<VALUE_WORDS>(words, record + c * VALUE_CODES, lane);
+#pragma unroll
+          for (int m = 0; m < TILES; m++) {
+            const int parity = VALUE_BITS == 1 ? m & 1 : 0;
+            const u32 word = words[VALUE_BITS == 1 ? m / 2 : m];
+            if (c == 0) {
+#pragma unroll
+              for (int k = 0; k < 4; k++) d[m][k] = VALUE_CENTRE ? (parity ? 2.f * start[k] : start[k]) : 0.f;
+            }
+            const Fields<VALUE_BITS> a(word, parity), a8(word >> 8, parity);
+            mma(d[m], a.a0, a.a1, a.a2, a.a3, b[c][0][0], b[c][0][1], d[m]);
+            mma(d[m], a8.a0, a8.a1, a8.a2, a8.a3, b[c][1][0], b[c][1][1], d[m]);
+            if (c == CHUNKS - 1) {
+              const float f = half_low(scale[m]), h = half_high(scale[m]);
+              acc[m][0] = fmaf(f, d[m][0], acc[m][0]);
+              acc[m][1] = fmaf(f, d[m][1], acc[m][1]);
+              acc[m][2] = fmaf(h, d[m][2], acc[m][2]);
+              acc[m][3] = fmaf(h, d[m][3], acc[m][3]);
+            }
+          }
+        }
+        if constexpr (VALUE_STORED) {
+          // The sum of probabilities, in two terms, in column 0 and 2; each product gives a row half of two channel tiles.
+          const float p0 = own[0] * 0.0078125f, p1 = own[1] * 0.0078125f;
+          const u32 coarse = pack_half(p0, p1), fine = pack_half(p0 - half_low(coarse), p1 - half_high(coarse));
+          const u32 coarse_t = transpose(coarse), fine_t = transpose(fine);
+          const u32 two = t == 0 ? coarse_t : t == 1 ? fine_t : 0u;
+          const u32 low = two & 0xffffu, high = two & 0xffff0000u;
+#pragma unroll
+          for (int m = 0; m < TILES; m += 4) {
+            const uint4 a = *reinterpret_cast<const uint4*>(record + VALUE_OFFSET_AT + g * TILES * 4 + m * 4);
+            mma(base[m], a.x, a.y, a.z, a.w, low, 0u, base[m]);
+            mma(base[m + 1], a.x, a.y, a.z, a.w, high, 0u, base[m + 1]);
+            mma(base[m + 2], a.x, a.y, a.z, a.w, 0u, low, base[m + 2]);
+            mma(base[m + 3], a.x, a.y, a.z, a.w, 0u, high, base[m + 3]);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+          u32 words[VALUE_WORDS];
+          load_words<VALUE_WORDS>(words, record + c * VALUE_CODES, lane);
+          if constexpr (VALUE_SCALE == 2) {
+            // Rows are groups of channels; as for keys, the halves of a quad that do not match are ignored.
+            const u8* mine = record + c * WIDTH * 2 + ((g & (TOKEN_GROUPS - 1)) * 4 + t) * 16;
+            if constexpr (VALUE_STORED) {
+              const uint4 a = *reinterpret_cast<const uint4*>(mine + VALUE_OFFSET_AT);
+              mma(base[0], a.x, a.y, a.z, a.w, b[c][0][0], b[c][1][0], base[0]);
+              mma(base[1], a.x, a.y, a.z, a.w, b[c][0][1], b[c][1][1], base[1]);
+            }
+            if constexpr (VALUE_CENTRE) {
+              const uint4 a = *reinterpret_cast<const uint4*>(mine + VALUE_SCALE_AT);
+              mma(base[2], a.x, a.y, a.z, a.w, b[c][0][0], b[c][1][0], base[2]);
+              mma(base[3], a.x, a.y, a.z, a.w, b[c][0][1], b[c][1][1], base[3]);
+            }
+          }
+          uint4 scale;
+#pragma unroll
+          for (int m = 0; m < TILES; m++) {
+            const int parity = VALUE_BITS == 1 ? m & 1 : 0;
+            const u32 word = words[VALUE_BITS == 1 ? m / 2 : m];
+            u32 p[2][2] = {{b[c][0][0], b[c][0][1]}, {b[c][1][0], b[c][1][1]}};
+            if constexpr (VALUE_SCALE == 2) {
+              if (m % 2 == 0) scale = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + c * WIDTH * 2 + ((m / 2) * 4 + t) * 16);
+              p[0][0] = multiply(p[0][0], scale.x);
+              p[0][1] = multiply(p[0][1], scale.y);
+              p[1][0] = multiply(p[1][0], scale.z);
+              p[1][1] = multiply(p[1][1], scale.w);
+            }
+            const Fields<VALUE_BITS> a(word, parity), a8(word >> 8, parity);
+            mma(acc[m], a.a0, a.a1, a.a2, a.a3, p[0][0], p[0][1], acc[m]);
+            mma(acc[m], a8.a0, a8.a1, a8.a2, a8.a3, p[1][0], p[1][1], acc[m]);
+          }
+        }
+      }
+    }
+    if constexpr (!tail) {
+      __syncwarp();
+      start_values(at + N);
+      copies.phase ^= 1;
+    }
+  };
+  int at = 0;
+  const int whole = cut ? count - 1 : count;
+  for (; at + RECORDS <= whole; at += RECORDS) step(Number<RECORDS>{}, Number<0>{}, at, 0);
+  if (at < count) {
+    copies.wait(0);
+    copies.wait(1);
+#if !BULK
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncwarp();
+#endif
+    int from = 0;
+    if constexpr (RECORDS > 4) {
+      if (at + 4 <= whole) {
+        step(Number<4>{}, Number<1>{}, at, from);
+        at += 4;
+        from += 4;
+      }
+    }
+    if constexpr (RECORDS > 2) {
+      if (at + 2 <= whole) {
+        step(Number<2>{}, Number<1>{}, at, from);
+        at += 2;
+        from += 2;
+      }
+    }
+#pragma unroll 1
+    for (; at < count; at++, from++) step(Number<1>{}, Number<1>{}, at, from);
+  }
+
+  // Merge the warps of this block: output channel by channel for each head, in units of probability.
+  __syncthreads();
+  constexpr int ROW = WIDTH + 1;
+  float* const gathered = reinterpret_cast<float*>(shared);  // [WARPS][8][ROW]
+  float* const weights = gathered + WARPS * 8 * ROW;          // [WARPS][8][2]
+  const float all0 = full0 + sum[0], all1 = full1 + sum[1];
+#pragma unroll
+  for (int m = 0; m < TILES; m++) {
+    float extra[4] = {0.f, 0.f, 0.f, 0.f};
+    if constexpr (VALUE_SCALE == 0 && VALUE_CENTRE) {
+#pragma unroll
+      for (int k = 0; k < 4; k++) extra[k] = -0.5f * VALUE_CENTRE * sum[k & 1];
+    }
+    if constexpr (VALUE_SCALE == 2 && (VALUE_STORED || VALUE_CENTRE)) {
+      const float f = -0.5f * VALUE_CENTRE;
+#pragma unroll
+      for (int k = 0; k < 2; k++) {
+        const float mine = base[0][k] + 4.f * base[1][k + 2] + f * (base[2][k] + 4.f * base[3][k + 2]);
+        extra[k] = extra[k + 2] = __shfl_sync(~0u, mine, (m >> 1) * 4 + t);
+      }
+    }
+    if constexpr (VALUE_SCALE == 1 && VALUE_STORED) {
+      // base[4 i + 2 v + rr]: rows g belong to tile 4 i + 2 v, rows g + 8 to the next one.
+      constexpr float f = 128.f;
+      const int from = m / 4 * 4 + (m & 2);
+#pragma unroll
+      for (int k = 0; k < 4; k++) extra[k] = f * base[from + (k >> 1)][(m & 1) * 2 + (k & 1)];
+    }
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float unit = (k & 2 ? 1048576.f : 16777216.f) * (VALUE_BITS == 1 && m & 1 ? 0.5f : 1.f);
+      gathered[(warp * 8 + 2 * t + (k & 1)) * ROW + channel_of(m, k >> 1, g)] = fmaf(acc[m][k], unit, extra[k]);
+    }
+  }
+  if (g == 0) {
+    weights[(warp * 8 + 2 * t) * 2] = top0;
+    weights[(warp * 8 + 2 * t) * 2 + 1] = all0;
+    weights[(warp * 8 + 2 * t + 1) * 2] = top1;
+    weights[(warp * 8 + 2 * t + 1) * 2 + 1] = all1;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < head_count * (WIDTH / 2); i += WARPS * 32) {
+    const int row_head = i / (WIDTH / 2), channel = i % (WIDTH / 2);
+    float top = LOWEST, n0 = 0.f, n1 = 0.f, weight = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, weights[(w * 8 + row_head) * 2]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float e = exp2_fast(weights[(w * 8 + row_head) * 2] - top);
+      const float* states = gathered + (w * 8 + row_head) * ROW + channel;
+      n0 = fmaf(e, states[0], n0);
+      n1 = fmaf(e, states[WIDTH / 2], n1);
+      weight = fmaf(e, weights[(w * 8 + row_head) * 2 + 1], weight);
+    }
+    const float inverse = weight > 0.f ? __fdividef(1.f, weight) : 0.f;
+    const i64 row = query_row + row_head;
+    if (splits == 1) {
+      out[row * WIDTH + channel] = (u16)(pack_input(n0 * inverse, 0.f) & 0xffffu);
+      out[row * WIDTH + channel + WIDTH / 2] = (u16)(pack_input(n1 * inverse, 0.f) & 0xffffu);
+    } else {
+      float* state = partial + (row * splits + split) * WIDTH + channel;
+      state[0] = n0 * inverse;
+      state[WIDTH / 2] = n1 * inverse;
+      if (channel == 0) partial_weight[row * splits + split] = weight > 0.f ? top + log2_fast(weight) : LOWEST;
+    }
+  }
+}
+
+// Merges the splits of a query head: one block a head, 4 threads a channel.
+extern "C" __global__ void __launch_bounds__(4 * WIDTH)
+merge(const float* __restrict__ partial, const float* __restrict__ partial_weight, u16* __restrict__ out, int splits) {
+  constexpr int AT_ONCE = 12;
+  __shared__ float numerator[4][WIDTH], denominator[4], tops[4];
+  const int channel = threadIdx.x % WIDTH, part = threadIdx.x / WIDTH;
+  const i64 row = blockIdx.x;
+  wait_for_previous();
+  const float* weights = partial_weight + row * splits;
+  const float* states = partial + row * splits * WIDTH + channel;
+  float top = LOWEST, n = 0.f, d = 0.f;
+  for (int first = part; first < splits; first += 4 * AT_ONCE) {
+    float state[AT_ONCE], weight[AT_ONCE], highest = top;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int split = first + 4 * k;
+      weight[k] = split < splits ? read_fresh(weights + split) : NEVER;
+      state[k] = split < splits ? read_fresh(states + (i64)split * WIDTH) : 0.f;
+    }
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) highest = fmaxf(highest, weight[k]);
+    const float a = exp2_fast(top - highest);
+    n *= a;
+    d *= a;
+    top = highest;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) {
+      const float e = exp2_fast(weight[k] - highest);
+      n = fmaf(e, state[k], n);
+      d += e;
+    }
+  }
+  numerator[part][channel] = n;
+  if (channel == 0) {
+    denominator[part] = d;
+    tops[part] = top;
+  }
+  __syncthreads();
+  if (part == 0) {
+    top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+    n = d = 0.f;
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const float e = exp2_fast(tops[k] - top);
+      n = fmaf(e, numerator[k][channel], n);
+      d = fmaf(e, denominator[k], d);
+    }
+    const float mine = d > 0.f ? n / d : 0.f;
+    out[row * WIDTH + channel] = (u16)(pack_input(mine, 0.f) & 0xffffu);
+  }
+}

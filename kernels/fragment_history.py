@@ -1,0 +1,194 @@
+"""Growable packed history of one layer, in fragment order: what a cache fills and `attend_cuda` reads.
+
+    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, rotation=rotation)
+    history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
+    out = attend_cuda.attend(query, history, residual, scaling)
+
+Appending writes in place at each sequence's own length and waits for nothing, so that a decode step can be captured as a CUDA graph
+while the buffers have room. `reserve` gives them more, by copying, and must stay outside of a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vidkv_kernels import pack_cuda
+from vidkv_kernels.fragments import TOKEN_GROUP, Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
+from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
+
+
+class FragmentHistory:
+    """Packed keys and values of one layer.
+
+    Attributes:
+        form: what codes and metadata mean.
+        keys: uint8 [B, H, capacity / S, key_record_bytes].
+        values: uint8 [B, H, capacity / S, value_record_bytes].
+        lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
+        max_length: an upper bound of `lengths` known without asking the device.
+        key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
+        rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
+        rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
+        center: float32 [B or 1, H or 1, D], was subtracted from keys before rotation. None: nothing was.
+    """
+
+    def __init__(
+        self,
+        form: Form,
+        *,
+        batch: int,
+        heads: int,
+        capacity: int,
+        device: torch.device | str,
+        rotation: torch.Tensor | None = None,
+        center: torch.Tensor | None = None,
+    ):
+        device = torch.empty(0, device=device).device
+        if rotation is not None:
+            check_packed("rotation", rotation, ((batch, 1), (heads, 1), form.width, form.channels), torch.float32, device)
+        elif form.channels != form.width:
+            raise ValueError(f"keys have {form.channels} channels and queries {form.width}; give a rotation")
+        if center is not None:
+            check_packed("center", center, ((batch, 1), (heads, 1), form.width), torch.float32, device)
+        self.form = form
+        records = -(-capacity // form.group_size)
+        self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
+        self.values = torch.empty(batch, heads, records, form.value_record_bytes, dtype=torch.uint8, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.max_length = 0
+        self.key_scale_max = torch.zeros(batch, heads, device=device)
+        self.value_scale_max = torch.zeros(batch, heads, device=device)
+        self.rotation = rotation
+        self.rotation_fragments = None if rotation is None else pack_rotation(form, rotation)
+        self.center = center
+
+    @classmethod
+    def from_packed(cls, keys: PackedKeys, values: tuple[PackedValues, ...], capacity: int = 0) -> FragmentHistory:
+        """Copy packed history from the portable layout.
+
+        Args:
+            capacity: tokens to have room for, at least those of the source.
+        Raises:
+            UnsupportedForm: the kernels do not read this form.
+        """
+        form = Form.of(keys, values)
+        batch, heads = keys.codes.shape[:2]
+        room = max(_room(form, keys, values[0]), capacity)
+        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, rotation=keys.rotation, center=keys.center)
+        history.append(keys, values)
+        return history
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return self.keys.shape[2] * self.form.group_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.keys.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is held: records of `max_length` tokens, rotation and center; not the spare room of the buffers."""
+        batch, heads = self.keys.shape[:2]
+        record = self.form.key_record_bytes + self.form.value_record_bytes
+        own = batch * heads * -(-self.max_length // self.form.group_size) * record
+        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.rotation_fragments, self.center)
+        return own + sum(tensor.nbytes for tensor in others if tensor is not None)
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens in each sequence, if there is less; what is held is copied."""
+        records = -(-capacity // self.form.group_size)
+        if records <= self.keys.shape[2]:
+            return
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            grown = old.new_empty(*old.shape[:2], records, old.shape[3])
+            grown[:, :, : old.shape[2]] = old
+            setattr(self, name, grown)
+
+    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...]) -> None:
+        """Append tokens in place, behind what each sequence holds, which must be whole groups.
+
+        Args:
+            keys, values: the new tokens in the portable layout, as quantizers make them; `values[0].lengths` says how many tokens
+                each sequence takes, zero for none.
+        Raises:
+            UnsupportedForm: the kernels do not read this form.
+            ValueError: another form than what is held, or the buffers are full: call `reserve` first.
+        """
+        found = Form.of(keys, values)
+        if found != self.form:
+            raise ValueError(f"appended tokens have form {found}; allowed: that of what is held, {self.form}")
+        run = values[0]
+        batch, heads = self.keys.shape[:2]
+        check("keys.codes", keys.codes, (batch, heads, None, None), torch.int32, self.device)
+        check("values.codes", run.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
+        tokens = _room(self.form, keys, run)
+        if self.max_length + tokens > self.capacity:
+            raise ValueError(f"{tokens} more tokens after {self.max_length} do not fit into {self.capacity}; call reserve first")
+        if self.device.type == "cuda" and not run.is_bytes:
+            pack_cuda.append(self, keys, run, tokens)
+        else:
+            self._append_plain(keys, run, tokens)
+        self.lengths += run.lengths
+        self.max_length += tokens
+
+    def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
+        """What `pack_cuda.append` does, in torch."""
+        form, groups = self.form, tokens // self.form.group_size
+        is_new = torch.arange(tokens, device=self.device) < run.lengths[:, None]
+        is_new_group = is_new[:, :: form.group_size]
+        rows, is_held = (tokens, is_new) if form.granularity == "per_token" else (groups, is_new_group)
+
+        # What lies beyond the lengths may be anything, NaN as well; in the record of a new token it must be finite.
+        def cut(metadata: torch.Tensor | None, count: int, held: torch.Tensor) -> torch.Tensor | None:
+            return None if metadata is None else torch.where(held[:, None, :, None], metadata[:, :, :count], 0)
+
+        key_scale, key_offset = (cut(tensor, groups, is_new_group) for tensor in (keys.scale, keys.offset))
+        value_scale, value_offset = (cut(tensor, rows, is_held) for tensor in (run.scale, run.offset))
+        self.key_scale_max.copy_(torch.maximum(self.key_scale_max, key_scale.abs().amax(dim=(2, 3)).float()))
+        if value_scale is not None:
+            self.value_scale_max.copy_(torch.maximum(self.value_scale_max, value_scale.abs().amax(dim=(2, 3)).float()))
+        row, group = is_new_group.nonzero(as_tuple=True)
+        target = self.lengths.long()[row] // form.group_size + group
+        self.keys[row, :, target] = pack_keys(form, keys.unpack()[:, :, :tokens], key_scale, key_offset)[row, :, group]
+        self.values[row, :, target] = pack_values(form, run.unpack()[:, :, :tokens], value_scale, value_offset)[row, :, group]
+
+    def unpack(self) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
+        """Return a copy in the portable layout, with room for `max_length` tokens: for another backend, or to dequantize."""
+        form = self.form
+        records = -(-self.max_length // form.group_size)
+        codes, scale, offset = unpack_keys(form, self.keys[:, :, :records])
+        words, start = [], 0
+        for segment in form.segments:
+            words.append(pack_words(codes[..., start : start + segment.channels], segment.nbits))
+            start += segment.channels
+        keys = PackedKeys(
+            form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
+            rotation=self.rotation, center=self.center,
+        )  # fmt: skip
+        codes, scale, offset = unpack_values(form, self.values[:, :, :records])
+        group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
+        values = PackedValues(
+            self.lengths.clone(), form.levels, form.offset_kind, form.granularity, group_size, form.width,
+            pack_words(codes, form.value_bits), scale, offset,
+        )  # fmt: skip
+        return keys, (values,)
+
+    def select_batch(self, indices: torch.Tensor) -> FragmentHistory:
+        """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
+        rotation, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.rotation, self.center))
+        batch = len(indices)
+        chosen = FragmentHistory(
+            self.form, batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
+        )
+        for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
+            setattr(chosen, name, getattr(self, name)[indices])
+        chosen.max_length = self.max_length
+        return chosen
+
+
+def _room(form: Form, keys: PackedKeys, run: PackedValues) -> int:
+    """Tokens that both keys and values have room for, in whole groups."""
+    return min(run.entries, keys.codes.shape[2] * 32) // form.group_size * form.group_size

@@ -1,0 +1,312 @@
+"""`attend` in CUDA C++ against the reference in float64, over awkward inputs. Run with `make test-gpu`; without a device these fail."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from vidkv_kernels import attend_cuda
+from vidkv_kernels.attend import attend_reference
+from vidkv_kernels.attend_cuda import Plan, attend
+from vidkv_kernels.fragment_history import FragmentHistory
+from vidkv_kernels.fragments import Form, UnsupportedForm
+from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
+from vidkv_kernels.random_layer import random_layer
+
+pytestmark = pytest.mark.usefixtures("gpu", "poisoned_memory")
+DEVICE = torch.device("cuda")
+HALF, BRAIN = torch.float16, torch.bfloat16
+
+
+def split(width: int, wide: int, wide_offset: str, *narrow: str) -> tuple[Segment, ...]:
+    """`wide` channels of 2 bits, the others of 1 bit in as many kinds as named."""
+    segments = [Segment(wide, 2, wide_offset)] if wide else []
+    left = width - wide
+    for index, offset in enumerate(narrow):
+        count = left // (len(narrow) - index) + (left % (len(narrow) - index) > 0)
+        left -= count
+        segments.append(Segment(count, 1, offset))
+    return tuple(segments)
+
+
+SCALED, PUBLISHED = ("minimum", "mean"), ("minimum", "none", "centred")
+VALUES = {
+    "ternary": ("per_channel", 3, "centred"),
+    "unscaled": ("per_channel", 3, "unscaled"),
+    "per token": ("per_token", 4, "minimum"),
+    "ternary per token": ("per_token", 3, "centred"),
+    "min-max": ("per_channel", 4, "minimum"),
+    "1 bit": ("per_channel", 2, "minimum"),
+    "signs": ("per_channel", 2, "mean"),
+    "signs around 0": ("per_channel", 2, "centred"),
+    "1 bit per token": ("per_token", 2, "minimum"),
+    "signs per token": ("per_token", 2, "mean"),
+    "codes as they are": ("per_channel", 4, "none"),
+}
+
+
+def make(dtype, history, residual, query_heads, **form):
+    generator = torch.Generator(DEVICE).manual_seed(sum(history) + len(history) + query_heads)
+    layer = random_layer(generator, dtype, history, residual, **form)
+    width = layer.residual.keys.shape[3]
+    query = torch.randn(len(history), query_heads, 1, width, generator=generator, device=DEVICE).to(dtype)
+    return query, layer
+
+
+
+def run(query, layer, scaling=None, plan=None):
+    history = None if layer.keys is None else FragmentHistory.from_packed(layer.keys, layer.values)
+    return attend(query, history, layer.residual, scaling or query.shape[3] ** -0.5, layer.prefix, plan)
+
+
+def assert_close(fast, query, layer, scaling=None):
+    """Twice the error of the reference in the working precision, and one rounding step of the output."""
+    scaling = scaling or query.shape[3] ** -0.5
+    truth = attend_reference(query, layer, scaling, torch.float64)
+    plain = attend_reference(query, layer, scaling)
+    allowed = 2 * (plain.double() - truth).abs().nan_to_num(0).amax() + truth.abs().amax() * torch.finfo(query.dtype).eps
+    error = (fast.double() - truth).abs().amax()
+    assert torch.isfinite(fast).all()
+    assert error <= allowed, f"error {error.item():.3e}, allowed {allowed.item():.3e}, largest {truth.abs().amax().item():.3e}"
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("segments", [SCALED, PUBLISHED], ids=["scaled", "published"])
+def test_every_kind_of_values(values, width, dtype, segments):
+    form = {"width": width, "segments": split(width, width // 2, *segments), "values": VALUES[values], "heads": 2}
+    query, layer = make(dtype, [256, 77, 0], [9, 40, 1], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("fraction", [0, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.66, 0.75, 0.9, 1])
+@pytest.mark.parametrize("kinds", [SCALED, PUBLISHED, ("minimum", "centred"), ("none", "none"), ("minimum", "minimum")], ids="-".join)
+def test_every_share_of_2_bit_channels(width, fraction, kinds):
+    wide = int(width * fraction)
+    segments = split(width, wide, kinds[0], *(kinds[1:] if wide < width else ()))
+    query, layer = make(HALF, [192, 33], [20, 3], 7, width=width, segments=segments)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("values", ["ternary", "min-max", "per token", "unscaled", "signs"])
+def test_every_group_size(group_size, values):
+    form = {"width": 128, "segments": split(128, 64, *SCALED), "group_size": group_size, "values": VALUES[values]}
+    query, layer = make(HALF, [1000, 129, 128], [5, 16, 17], 7, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 7, 8, 9, 16, 28])
+def test_every_head_ratio(ratio, dtype):
+    query, layer = make(dtype, [300, 64], [33, 150], 2 * ratio, width=128, segments=split(128, 64, *SCALED), heads=2)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize(
+    "history, residual",
+    [([0], [1]), ([1], [0]), ([1], [1]), ([31, 32, 33, 0], [0, 15, 16, 17]), ([5000, 0, 64, 1], [160, 0, 128, 2]), ([0, 0], [0, 0])],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("prefix", [None, 4, 37])
+def test_lengths(history, residual, dtype, prefix):
+    form = {"width": 128, "segments": split(128, 64, *SCALED), "heads": 2}
+    query, layer = make(dtype, history, residual, 14, prefix=None if prefix is None else [prefix] * len(history), **form)
+    assert_close(run(query, layer), query, layer)
+
+
+def test_a_sequence_without_tokens_gets_zeros():
+    query, layer = make(HALF, [64, 0], [3, 0], 7, width=128, segments=split(128, 64, *SCALED))
+    assert run(query, layer)[1].eq(0).all()
+
+
+def test_no_history():
+    query, layer = make(BRAIN, [0, 0], [3, 130], 7, width=128, segments=None)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("chunks, warps, blocks", [(1, 8, 1), (2, 8, 2), (2, 4, 4), (4, 8, 1), (4, 12, 1), (8, 8, 1)])
+@pytest.mark.parametrize("splits", [1, 2, 5, 16, 60, 200])
+@pytest.mark.parametrize("kinds", [SCALED, PUBLISHED], ids=["scaled", "published"])
+def test_every_plan_gives_the_same(chunks, warps, blocks, splits, kinds):
+    values = VALUES["ternary" if kinds is SCALED else "unscaled"]
+    query, layer = make(HALF, [3000, 700], [100, 3], 7, width=128, segments=split(128, 64, *kinds), values=values)
+    assert_close(run(query, layer, plan=Plan(chunks, warps, blocks, splits)), query, layer)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_a_key_bias_as_in_qwen_stays_accurate(dtype):
+    query, layer = make(dtype, [512, 2048], [16, 1], 7, width=128, segments=split(128, 64, *SCALED))
+    layer.keys.offset[..., 3] = 300.0
+    layer.keys.offset[..., 40] = -120.0
+    layer.keys.scale[..., 3] = 4.0
+    assert_close(run(query * 0.3, layer), query * 0.3, layer)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 30.0, 3e3])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 2e3])
+@pytest.mark.parametrize("values", ["ternary", "per token"])
+def test_queries_and_scales_of_any_size_stay_finite(size, scale, values):
+    query, layer = make(BRAIN, [512], [16], 7, width=128, segments=split(128, 64, *SCALED), values=VALUES[values])
+    layer.keys.scale.mul_(scale)
+    layer.values[0].scale.mul_(scale)
+    if layer.values[0].offset is not None:
+        layer.values[0].offset.mul_(scale)
+    query = query * size
+    fast = run(query, layer, scaling=128**-0.5 / max(1.0, size * scale))
+    assert_close(fast, query, layer, scaling=128**-0.5 / max(1.0, size * scale))
+
+
+def test_one_token_far_above_the_others():
+    query, layer = make(HALF, [4096], [16], 7, width=128, segments=split(128, 64, *SCALED))
+    layer.residual.keys[:, :, 5] = query[:, :1, 0].view(1, 1, 128) * 2
+    assert_close(run(query, layer), query, layer)
+
+
+def test_maximum_that_rises_with_every_group():
+    query, layer = make(HALF, [2048], [0], 7, width=128, segments=split(128, 64, *SCALED))
+    rising = torch.linspace(0, 60, layer.keys.scale.shape[2], device=DEVICE)[:, None]
+    layer.keys.offset.copy_((query[0, 0, 0].float() @ layer.keys.rotation[0, 0] * rising / 20).half())
+    for splits in (1, 8):
+        assert_close(run(query, layer, plan=Plan(4, 8, 1, splits)), query, layer)
+
+
+def test_center_and_more_key_channels_than_the_query_has():
+    doubled = (Segment(32, 2, "minimum"), Segment(33, 1, "none"), Segment(31, 1, "centred"))
+    query, layer = make(HALF, [200], [12], 7, segments=doubled)
+    assert layer.keys.channels == 96
+    assert_close(run(query, layer), query, layer)
+    query, layer = make(BRAIN, [200, 64], [12, 1], 14, width=128, heads=2, segments=split(128, 38, *SCALED), center=2.0)
+    assert_close(run(query, layer), query, layer)
+
+
+def test_a_captured_graph_follows_the_lengths():
+    query, layer = make(HALF, [1024, 512], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    attend(query, history, layer.residual, 0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(query, history, layer.residual, 0.1)
+    for lengths, residual in (([1024, 512], [16, 9]), ([96, 31], [2, 0]), ([0, 480], [1, 7])):
+        for tensor, numbers in ((history.lengths, lengths), (layer.values[0].lengths, lengths), (layer.residual.lengths, residual)):
+            tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(out, query, layer, 0.1)
+
+
+def test_results_do_not_depend_on_the_run():
+    query, layer = make(HALF, [4096, 100], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
+    first = run(query, layer)
+    assert all(torch.equal(first, run(query, layer)) for _ in range(20))
+
+
+def part(layer, start, stop, lengths):
+    """Tokens `start` to `stop` of the history of a layer without values per token."""
+    keys, run_ = layer.keys, layer.values[0]
+    blocks, groups = slice(start // 32, stop // 32), slice(start // keys.group_size, stop // keys.group_size)
+    cut = {name: getattr(keys, name)[:, :, groups].contiguous() for name in ("scale", "offset")}
+    values = replace(run_, lengths=lengths, codes=run_.codes[:, :, blocks].contiguous(), scale=run_.scale[:, :, groups].contiguous())
+    return replace(keys, codes=keys.codes[:, :, blocks].contiguous(), **cut), (values,)
+
+
+def test_append_equals_packing_at_once():
+    query, layer = make(HALF, [256, 256], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
+    whole = FragmentHistory.from_packed(layer.keys, layer.values)
+    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, rotation=layer.keys.rotation)
+    for start, stop in ((0, 64), (64, 128), (128, 256)):
+        grown.reserve(stop)
+        grown.append(*part(layer, start, stop, torch.full_like(whole.lengths, stop - start)))
+    assert torch.equal(grown.keys, whole.keys) and torch.equal(grown.values, whole.values) and torch.equal(grown.lengths, whole.lengths)
+    assert torch.equal(grown.key_scale_max, whole.key_scale_max)
+    assert torch.equal(attend(query, grown, layer.residual, 0.1), attend(query, whole, layer.residual, 0.1))
+
+
+def test_rows_grow_at_their_own_time():
+    query, layer = make(HALF, [256, 128], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
+    form = Form.of(layer.keys, layer.values)
+    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, rotation=layer.keys.rotation)
+    for start, stop, counts in ((0, 128, [128, 0]), (0, 128, [0, 128]), (128, 256, [128, 0])):
+        grown.append(*part(layer, start, stop, torch.tensor(counts, dtype=torch.int32, device=DEVICE)))
+    assert grown.lengths.tolist() == [256, 128]
+    assert_close(attend(query, grown, layer.residual, 128**-0.5), query, layer)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("wide", [0, 12, 38, 64, 115, 128])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_kernels_pack_as_torch_does(values, wide, group_size):
+    segments = split(128, wide, "minimum", *(("mean", "centred") if wide < 128 else ()))
+    _, layer = make(HALF, [384, 100], [1, 1], 1, width=128, heads=2, segments=segments, values=VALUES[values], group_size=group_size)
+    fast = FragmentHistory.from_packed(layer.keys, layer.values)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, rotation=layer.keys.rotation)
+    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
+    for row, length in enumerate((384, 100)):
+        records = -(-length // group_size)
+        assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
+        assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
+    assert torch.equal(fast.key_scale_max, plain.key_scale_max) and torch.equal(fast.value_scale_max, plain.value_scale_max)
+
+
+def test_more_than_2_to_the_31_bytes():
+    records = 2**31 // 2560 // 4 + 1000
+    query, layer = make(HALF, [96], [1], 28, width=128, segments=split(128, 64, *SCALED), heads=4)
+    small = FragmentHistory.from_packed(layer.keys, layer.values)
+    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, rotation=layer.keys.rotation)
+    large.keys[:, :, :3], large.values[:, :, :3] = small.keys, small.values
+    large.lengths, large.max_length = small.lengths, 96
+    large.key_scale_max, large.value_scale_max = small.key_scale_max, small.value_scale_max
+    assert_close(attend(query, large, layer.residual, 0.1), query, layer, 0.1)
+
+
+@pytest.mark.parametrize(
+    "form, message",
+    [({"protected": [32]}, "protected tokens"), ({"metadata": torch.float8_e4m3fn}, "float8"), ({"width": 32}, "32 channels")],
+)
+def test_forms_that_are_not_read_are_refused(form, message):
+    segments = split(form.get("width", 64), form.get("width", 64) // 2, *SCALED)
+    _, layer = make(HALF, [96], [3], 1, segments=segments, **form)
+    with pytest.raises(UnsupportedForm, match=message):
+        FragmentHistory.from_packed(layer.keys, layer.values)
+
+
+def test_bad_tensors_are_refused_by_name():
+    query, layer = make(HALF, [96], [3], 7, width=128, segments=split(128, 64, *SCALED))
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    residual = layer.residual
+    with pytest.raises(ValueError, match="query is torch.float32"):
+        attend(query.float(), history, residual, 1.0)
+    with pytest.raises(ValueError, match="query has strides"):
+        attend(query.repeat(1, 2, 1, 1)[:, ::2], history, residual, 1.0)
+    shifted = torch.zeros(1, 1, 8, 129, device=DEVICE, dtype=HALF)[..., 1:]
+    with pytest.raises(ValueError, match="residual.keys has strides"):
+        attend(query, history, FullPrecision(shifted, shifted, residual.lengths), 1.0)
+    with pytest.raises(ValueError, match="residual.keys is torch.bfloat16"):
+        attend(query, history, FullPrecision(residual.keys.bfloat16(), residual.values.bfloat16(), residual.lengths), 1.0)
+    with pytest.raises(ValueError, match="call reserve first"):
+        history.append(layer.keys, layer.values)
+    _, other = make(HALF, [96], [3], 7, width=128, segments=split(128, 32, *SCALED))
+    with pytest.raises(ValueError, match="appended tokens have form"):
+        history.append(other.keys, other.values)
+
+
+def test_splits_fill_the_device():
+    for tiles, records in itertools.product((1, 4, 32, 36, 128, 500), (0, 1, 64, 1024, 4096)):
+        splits = attend_cuda.choose_splits(tiles, records, 8, 132)
+        assert 1 <= splits <= max(1, -(-records // 8))
+    assert attend_cuda.choose_splits(4, 4096, 8, 132) == 33
+    assert attend_cuda.choose_splits(128, 1024, 8, 132) == 1
+
+
+def test_a_layer_can_be_read_back():
+    _, layer = make(HALF, [96, 64], [3, 1], 7, width=128, segments=split(128, 38, *SCALED), values=VALUES["per token"])
+    keys, values = FragmentHistory.from_packed(layer.keys, layer.values).unpack()
+    for row, length in enumerate((96, 64)):
+        assert torch.equal(keys.decode(torch.float32)[row, :, :length], layer.keys.decode(torch.float32)[row, :, :length])
+        assert torch.equal(values[0].decode(torch.float32)[row, :, :length], layer.values[0].decode(torch.float32)[row, :, :length])
+    assert isinstance(PackedLayer(keys, values, layer.residual), PackedLayer)
