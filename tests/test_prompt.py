@@ -1,6 +1,7 @@
 """What a cache learns about its prompt, and what a batch padded on the left stores."""
 
 import pytest
+import tiny
 import torch
 from test_cache import KIVI, VIDKV, feed, generate, make_states, prompt, tiny_model
 from test_inject import loaded  # noqa: F401  the fixture
@@ -8,7 +9,7 @@ from test_inject import loaded  # noqa: F401  the fixture
 from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.prompt import Prompt, describe, saliency
 from vidkv_eval.quant.marks import TokenMarks
-from vidkv_eval.recipe import load_recipe, recipe_names
+from vidkv_eval.recipe import load_recipe
 
 STP, RTP = "vidkv_k150_v166_scaled", "vidkv_k150_v166_rtp_scaled"
 PADDING = (0, 7, 40)
@@ -38,7 +39,7 @@ def marks(tokens, seed):
 
 
 # The released code chooses channels over the batch; tokens are chosen in the first call.
-INDEPENDENT = [name for name in recipe_names() if load_recipe(name).key.is_batch_independent]
+INDEPENDENT = [name for name in tiny.QUANTIZER_RECIPES if load_recipe(name).key.is_batch_independent]
 CASES = [(name, (230,)) for name in INDEPENDENT]
 CASES += [(name, (3, 20, 230)) for name in INDEPENDENT if not load_recipe(name).chooses_tokens]
 
