@@ -190,6 +190,13 @@ def test_padding_moves_the_tokens_that_are_lowered(grouped):
     assert answer(padded) == answer(prompt)
 
 
+def test_nothing_is_lowered_while_all_tokens_are_kept_as_newest(grouped):
+    model, (prompt, _) = grouped
+    with injected(model, lambda: make_cache(model, load_recipe(NAMES[0]), keep_newest=1000)):
+        found = generate(model, prompt)
+    assert found == generate(model, prompt)
+
+
 def test_an_attention_that_cannot_lower_scores_is_refused(loaded):  # noqa: F811
     model, _ = loaded
     message = "calibquant_k1_v1 lowers attention scores, which attention 'sdpa' does not do; set model.attn_implementation=grouped_sdpa"

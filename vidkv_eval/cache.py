@@ -149,7 +149,10 @@ class SequenceGroup:
 
     def score_drops(self) -> dict[int, ScoreDrop]:
         """Return by batch item what attention shall do about the chosen tokens of its keys."""
-        tokens = self.stored["key"].quantized.static["tokens"].long() + self.padding
+        quantized = self.stored["key"].quantized
+        if quantized is None:
+            return {}
+        tokens = quantized.static["tokens"].long() + self.padding
         return {row: ScoreDrop(tokens[place], self.recipe.score_drop) for place, row in enumerate(self.rows) if tokens.shape[1]}
 
     def footprint(self) -> Footprint:
