@@ -7,12 +7,14 @@ import torch
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.base import QuantizedStates, Quantizer
 from vidkv_eval.quant.grouped import GroupedQuantizer
+from vidkv_eval.quant.grouping import ungroup
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.quant.split_tokens import SplitTokens, split_positions
 from vidkv_eval.quant.ternary import Ternary
+from vidkv_kernels.layouts import LAYOUTS
 from vidkv_kernels.packed import GROUP_SIZES, PackedKeys, PackedValues, Segment, pack_words
-from vidkv_kernels.packing import unpack
 from vidkv_kernels.quantize_keys import key_rotation, real_fourier
 
 SIGN_KINDS = {"zero_scale": "none", "plus_minus": "centred", "mean_plus_minus": "mean"}
@@ -52,6 +54,8 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
             raise NotPackable(f"keys are stored by {owner}; kernels read groups of one size, 32, 64 or 128 tokens of a channel")
     order = None
     if isinstance(quantizer, SplitChannels):
+        if quantizer.per_head:
+            raise NotPackable(f"keys are stored by {quantizer}; kernels read one set of wide channels for all heads")
         order = _order(stored.static["wide_channels"], stored.channels)
     elif transform is not None:
         order = torch.arange(stored.channels, device=transform.device).expand(parts["normal"].parts["real"].tensors["scale"].shape[0], -1)
@@ -67,13 +71,21 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     )
 
 
-def pack_values(quantizer: Quantizer, stored: QuantizedStates) -> PackedValues:
-    """Return stored values in the form that kernels read.
+def pack_values(quantizer: Quantizer, stored: QuantizedStates) -> tuple[PackedValues, ...]:
+    """Return stored values in the form that kernels read, as runs of tokens that are stored alike.
 
     Raises:
-        NotPackable: the quantizer is none of Affine with 1 or 2 bits, Sign or Ternary, or has groups of a size other than 32, 64
-            or 128.
+        NotPackable: the quantizer is none of Affine with 1 or 2 bits, Sign, Ternary, or SplitTokens of these, or has groups of a
+            size other than 32, 64 or 128.
     """
+    if not isinstance(quantizer, SplitTokens):
+        return (_pack_run(quantizer, stored, None),)
+    chosen, others = split_positions(stored.static["tokens"], stored.length)
+    runs = {"chosen": (quantizer.chosen, chosen), "other": (quantizer.other, others)}
+    return tuple(_pack_run(runs[name][0], part, runs[name][1].int()) for name, part in stored.parts.items())
+
+
+def _pack_run(quantizer: Quantizer, stored: QuantizedStates, tokens: torch.Tensor | None) -> PackedValues:
     if isinstance(quantizer, Ternary):
         levels, kind = 3, "centred"
     else:
@@ -84,7 +96,9 @@ def pack_values(quantizer: Quantizer, stored: QuantizedStates) -> PackedValues:
     batch = stored.tensors["codes"].shape[0]
     lengths = torch.full((batch,), stored.length, dtype=torch.int32, device=_device(stored))
     codes = pack_words(_codes(quantizer, stored), 1 if levels == 2 else 2)
-    return PackedValues(lengths, levels, kind, quantizer.granularity, quantizer.group_size, stored.channels, codes, scale, offset)
+    return PackedValues(
+        lengths, levels, kind, quantizer.granularity, quantizer.group_size, stored.channels, codes, scale, offset, tokens=tokens
+    )
 
 
 def _spectral_pieces(quantizer: Spectral, stored: QuantizedStates) -> list[tuple[Quantizer, QuantizedStates, int, str]]:
@@ -114,14 +128,14 @@ def _kind(quantizer: Quantizer) -> str:
 
 def _codes(quantizer: GroupedQuantizer, stored: QuantizedStates) -> torch.Tensor:
     """Return codes uint8 [B, H, T, C]."""
-    codes = unpack(stored.tensors["codes"], quantizer.code_count, stored.channels * quantizer.group_size)
-    if quantizer.granularity == "per_channel":
-        return codes.unflatten(-1, (stored.channels, quantizer.group_size)).transpose(-1, -2).flatten(2, 3)
-    return codes.unflatten(-1, (quantizer.group_size, stored.channels)).flatten(2, 3)
+    codes = LAYOUTS[quantizer.layout].unpack(stored.tensors["codes"], quantizer.code_count, stored.channels, quantizer.group_size)
+    return ungroup(codes, quantizer.granularity)
 
 
 def _metadata(quantizer: GroupedQuantizer, stored: QuantizedStates) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Return scale and offset: [B, H, T / S, C] (per_channel) or [B, H, T, C / S] (per_token)."""
+    if quantizer.metadata != "float16":
+        raise NotPackable(f"states are stored by {quantizer}; kernels read float16 metadata")
     scale, offset = stored.tensors.get("scale"), stored.tensors.get("minimum", stored.tensors.get("mean"))
     if isinstance(quantizer, Sign) and quantizer.levels != "zero_scale":
         scale = scale * 2

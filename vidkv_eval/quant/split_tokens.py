@@ -93,7 +93,7 @@ class SplitTokens(Quantizer):
         tokens = like.static["tokens"]
         parts, other = {}, states
         if not like.length and tokens.shape[1]:
-            chosen, rest = _positions(tokens, states.shape[2])
+            chosen, rest = split_positions(tokens, states.shape[2])
             parts["chosen"] = self.chosen.quantize(_take(states, chosen))
             other = _take(states, rest)
         if other.shape[2]:
@@ -107,11 +107,11 @@ class SplitTokens(Quantizer):
         if "other" in quantized.parts:
             parts.append(self.other.dequantize(quantized.parts["other"], dtype))
         gathered = torch.cat(parts, dim=2)
-        order = torch.cat(_positions(quantized.static["tokens"], quantized.length), dim=1)
+        order = torch.cat(split_positions(quantized.static["tokens"], quantized.length), dim=1)
         return torch.empty_like(gathered).scatter_(2, order[:, None, :, None].expand(gathered.shape), gathered)
 
 
-def _positions(tokens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def split_positions(tokens: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return chosen tokens and the others, ascending: [B, N] to int64 [B, N] and [B, T - N]."""
     tokens = tokens.long()
     is_other = torch.ones(tokens.shape[0], length, dtype=torch.uint8, device=tokens.device).scatter_(1, tokens, 0)
