@@ -19,7 +19,12 @@ AT_ONCE = tl.constexpr(2)
 ROWS = tl.constexpr(HALVES.value * AT_ONCE.value)
 STEP = 128
 DENSE_TOKENS = 32
+# Programs of one launch, where the history is long enough: more than run at once on large GPUs.
 PROGRAMS = 1024
+# Registers of a thread on an NVIDIA GPU: a few values spill, and a quarter more programs run at once.
+REGISTERS = 200
+SPLITS_AT_ONCE = 64
+CHANNELS_AT_ONCE = 32
 LOG2_E = 1.4426950408889634
 # A maximum that is lower than any score, but finite, so that differences of maxima are numbers.
 LOWEST = tl.constexpr(-1.0e30)
@@ -34,7 +39,8 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     block_heads = min(16, max(8, triton.next_power_of_2(per_head)))
     head_blocks = triton.cdiv(per_head, block_heads)
     mapped, constant = _map_query(query, layer.keys)
-    splits = [_split_count(run.entries, batch * heads * head_blocks) for run in layer.values]
+    steps = [_divide(run.entries, batch * heads * head_blocks) for run in layer.values]
+    splits = [count * parts for count, parts in steps]
     dense = [part for part in (layer.residual, layer.prefix) if part is not None]
     dense_splits = [triton.cdiv(part.keys.shape[2], DENSE_TOKENS) for part in dense]
     total = sum(splits) + sum(dense_splits)
@@ -55,19 +61,20 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     for part, count in zip(dense, dense_splits, strict=True):
         _launch_dense(query, part, sums, weights, place, count, shared)
         place += count
-    for run, count in zip(layer.values, splits, strict=True):
-        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, shared, query.dtype)
+    for run, count, (_, parts) in zip(layer.values, splits, steps, strict=True):
+        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, parts, shared, query.dtype)
         place += count
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _merge_kernel[(batch * query_heads,)](
-        sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],
-        BLOCK_SPLITS=min(64, triton.next_power_of_2(max(total, 1))), num_warps=8,
+    _merge_kernel[(batch * query_heads, triton.cdiv(width, CHANNELS_AT_ONCE))](
+        sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=CHANNELS_AT_ONCE, BLOCK_SPLITS=SPLITS_AT_ONCE, num_warps=4
     )  # fmt: skip
     return out
 
 
-def _split_count(entries: int, rows: int) -> int:
-    return max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
+def _divide(entries: int, rows: int) -> tuple[int, int]:
+    """Return over how many programs steps are divided, and over how many the tokens of a step."""
+    count = max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
+    return count, max(parts for parts in (1, 2, 4) if parts == 1 or count * rows * parts <= PROGRAMS)
 
 
 def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -79,12 +86,12 @@ def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tens
     constant = torch.empty(batch, query_heads, dtype=torch.float32, device=query.device) if keys.center is not None else None
     rotation = query if keys.rotation is None else keys.rotation
     center = query if keys.center is None else keys.center
-    _map_query_kernel[(batch * query_heads,)](
+    _map_query_kernel[(batch * query_heads, triton.cdiv(keys.channels, CHANNELS_AT_ONCE))](
         query, query.stride(0), query.stride(1), rotation, *_broadcast_strides(rotation), center, *_broadcast_strides(center),
         mapped, mapped if constant is None else constant, query_heads, query_heads // keys.codes.shape[1],
         WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(width), CHANNELS=keys.channels,
-        BLOCK_CHANNELS=triton.next_power_of_2(keys.channels), HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
-        num_warps=8,
+        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
+        num_warps=4,
     )  # fmt: skip
     return mapped, constant
 
@@ -118,6 +125,7 @@ def _launch_history(
     weights: torch.Tensor,
     place: int,
     count: int,
+    parts: int,
     shared: dict,
     dtype: torch.dtype,
 ) -> None:
@@ -143,7 +151,8 @@ def _launch_history(
         # Without scales there are no groups, and the other form is the faster one.
         PER_TOKEN=values.granularity == "per_token" and scale is not None, HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
         VALUE_FLOAT8=values.scale_unit is not None, VALUE_OFFSET_FLOAT8=values.offset_unit is not None,
-        IS_GATHERED=values.tokens is not None, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16, **shared,
+        IS_GATHERED=values.tokens is not None, PARTS=parts, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16,
+        **shared, **({"maxnreg": REGISTERS} if torch.version.cuda else {}),
     )  # fmt: skip
 
 
@@ -169,7 +178,7 @@ def _map_query_kernel(
     row = tl.program_id(0).to(tl.int64)
     batch, query_head = row // query_heads, row % query_heads
     head = query_head // per_head
-    width, channel = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_CHANNELS)
+    width, channel = tl.arange(0, BLOCK_WIDTH), tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_width, in_channels = width < WIDTH, channel < CHANNELS
     query = tl.load(query_ptr + batch * query_batch_stride + query_head * query_head_stride + width, mask=in_width, other=0)
     query = query.to(tl.float32)
@@ -305,11 +314,8 @@ def _dot(left, right, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _dot_exactly(left, right, COMPUTE: tl.constexpr):
-    """A product whose left side is float32, taken as two terms of the lower precision."""
-    product = _dot(left, right, COMPUTE)
-    if COMPUTE != tl.float32:
-        product += _dot(left - left.to(COMPUTE).to(tl.float32), right, COMPUTE)
-    return product
+    """A product whose left side keeps the accuracy of float32, as two terms of the lower precision."""
+    return _dot(left, right, COMPUTE) + _dot(left - left.to(COMPUTE).to(tl.float32), right, COMPUTE)
 
 
 @triton.jit
@@ -341,7 +347,7 @@ def _history_kernel(
     LEVELS: tl.constexpr, IS_BYTES: tl.constexpr, MIDDLE: tl.constexpr, VALUE_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     VALUE_FLOAT8: tl.constexpr, VALUE_OFFSET_FLOAT8: tl.constexpr,
-    IS_GATHERED: tl.constexpr, COMPUTE: tl.constexpr,
+    IS_GATHERED: tl.constexpr, PARTS: tl.constexpr, COMPUTE: tl.constexpr,
     HEADS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -352,10 +358,10 @@ def _history_kernel(
     FACTOR: tl.constexpr = -0.5 if LEVELS == 2 else 4.0
     BASE: tl.constexpr = (0.5 if LEVELS == 2 else 0.0) - MIDDLE
     STATIC_SCALE: tl.constexpr = HAS_SCALE and not PER_TOKEN
-    # Offsets that do not change within half a block are added once for its 16 tokens, times the sum of their weights. In float32
-    # that would cost accuracy for the base, because it nearly cancels what codes add.
-    LATE_BASE: tl.constexpr = not PER_TOKEN and BASE != 0 and COMPUTE != tl.float32
-    LATE_OFFSETS: tl.constexpr = LATE_BASE or (HAS_OFFSET and not PER_TOKEN)
+    # What a half has in common is added once for its 16 tokens: to keys by a product with the query, to values by a product with
+    # the sum of their weights. In float32 that would cost accuracy, because it nearly cancels what codes add.
+    IS_SINGLE: tl.constexpr = COMPUTE == tl.float32
+    LATE_OFFSETS: tl.constexpr = (BASE != 0 or HAS_OFFSET) and not PER_TOKEN and not IS_SINGLE
     batch, head, query_head, is_head = _program_heads(HEADS, PER_HEAD, BLOCK_HEADS, HEAD_BLOCKS)
     row = batch * HEADS + head
     split = tl.program_id(0)
@@ -415,8 +421,9 @@ def _history_kernel(
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     accumulator = tl.zeros([BLOCK_WIDTH, BLOCK_HEADS], tl.float32)
     steps = tl.cdiv(length, HALVES * HALF)
-    share = tl.cdiv(steps, tl.num_programs(0))
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
+    share = tl.cdiv(steps, tl.num_programs(0) // PARTS)
+    first_index = split % PARTS * (HALF // PARTS)
+    for step in range(split // PARTS * share, tl.minimum(split // PARTS * share + share, steps)):
         half = step * HALVES + tl.arange(0, HALVES)
         is_half = half * HALF < length
         # Where the two halves of a block share words of 1 bit, the second one starts at bit 16.
@@ -432,8 +439,8 @@ def _history_kernel(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                wide_factor = (scale * 4)[None, :, :]
-                if WIDE_HAS_BASE:
+                wide_factor, wide_base = (scale * 4)[None, :, :], base[None, :, :]
+                if WIDE_HAS_BASE and not IS_SINGLE:
                     half_bias += _dot_exactly(base, wide_query, COMPUTE)
             if NORMAL:
                 places = key_codes_ptr + (half // 2 * WORDS)[None, :, None] + 2 * WIDE + normal[None, None, :]
@@ -442,8 +449,8 @@ def _history_kernel(
                     key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
                     WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                 )  # fmt: skip
-                normal_factor = (scale * -0.5)[None, :, :]
-                if NORMAL_HAS_BASE:
+                normal_factor, normal_base = (scale * -0.5)[None, :, :], base[None, :, :]
+                if NORMAL_HAS_BASE and not IS_SINGLE:
                     half_bias += _dot_exactly(base, normal_query, COMPUTE)
         bias = _to_rows(half_bias[None, :, :], BLOCK_HEADS)
         is_stored = is_half[None, :, None] & in_width[None, None, :]
@@ -455,9 +462,11 @@ def _history_kernel(
         value_group = (half * HALF // VALUE_GROUP)[None, :, None] * WIDTH + width[None, None, :]
         if STATIC_SCALE:
             value_factor *= _load_metadata(value_scale_ptr + value_group, is_stored, value_unit, VALUE_FLOAT8)
+        if HAS_OFFSET and IS_SINGLE and not PER_TOKEN:
+            value_offset = _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
-        for index in range(0, HALF, AT_ONCE):
+        for index in range(first_index, first_index + HALF // PARTS, AT_ONCE):
             entry = step * (HALVES * HALF) + first_entry + index
             is_held = entry < length
             scores = bias
@@ -473,9 +482,12 @@ def _history_kernel(
                         0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
                     position = (token % 16 * 2).to(tl.int32)[:, None]
-                    scores += _dot(_two_bits_times_scale(wide_words, position, scale * 4), wide_query, COMPUTE)
-                    if WIDE_HAS_BASE:
+                    keys = _two_bits_times_scale(wide_words, position, scale * 4)
+                    if WIDE_HAS_BASE and IS_SINGLE:
+                        keys += base
+                    elif WIDE_HAS_BASE:
                         scores += _dot_exactly(base, wide_query, COMPUTE)
+                    scores += _dot(keys, wide_query, COMPUTE)
                 if NORMAL:
                     inside = is_held[:, None] & in_normal[None, :]
                     normal_words = tl.load((block + 2 * WIDE)[:, None] + normal[None, :], mask=inside, other=0).to(tl.uint32)
@@ -484,15 +496,22 @@ def _history_kernel(
                         WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
                     )  # fmt: skip
                     position = (token % 32).to(tl.int32)[:, None]
-                    scores += _dot(_one_bit_times_scale(normal_words, position, scale * -0.5), normal_query, COMPUTE)
-                    if NORMAL_HAS_BASE:
+                    keys = _one_bit_times_scale(normal_words, position, scale * -0.5)
+                    if NORMAL_HAS_BASE and IS_SINGLE:
+                        keys += base
+                    elif NORMAL_HAS_BASE:
                         scores += _dot_exactly(base, normal_query, COMPUTE)
+                    scores += _dot(keys, normal_query, COMPUTE)
             else:
                 if WIDE:
                     keys = _two_bits_times_scale(wide_words, 2 * (index + nth), wide_factor)
+                    if WIDE_HAS_BASE and IS_SINGLE:
+                        keys += wide_base
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_WIDE]), wide_query, COMPUTE)
                 if NORMAL:
                     keys = _one_bit_times_scale(normal_words, index + nth + start_of_half, normal_factor)
+                    if NORMAL_HAS_BASE and IS_SINGLE:
+                        keys += normal_base
                     scores += _dot(tl.reshape(keys, [ROWS, BLOCK_NORMAL]), normal_query, COMPUTE)
             scores = tl.where(is_held[:, None], (scores + constant[None, :]) * scaling, LOWEST)
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
@@ -516,8 +535,10 @@ def _history_kernel(
                 values = _two_bits_times_scale(value_words, 2 * (index + nth), factor)
             else:
                 values = _one_bit_times_scale(value_words, index + nth + start_of_half, factor)
-            if BASE != 0 and not LATE_BASE:
+            if BASE != 0 and not LATE_OFFSETS:
                 values += factor * (BASE / FACTOR)
+            if HAS_OFFSET and IS_SINGLE and not PER_TOKEN:
+                values += value_offset
             values = tl.reshape(values, [ROWS, BLOCK_WIDTH])
             if PER_TOKEN and HAS_OFFSET:
                 values += _load_metadata(value_offset_ptr + place_of, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
@@ -526,16 +547,13 @@ def _history_kernel(
 
         total += tl.sum(weight_sums, axis=0)
         if LATE_OFFSETS:
-            offsets = tl.zeros([1, HALVES, BLOCK_WIDTH], tl.float32)
-            if LATE_BASE:
-                offsets += value_factor * (BASE / FACTOR)
+            offsets = value_factor * (BASE / FACTOR)
             if HAS_OFFSET:
                 offsets += _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
             offsets = tl.trans(_to_rows(offsets, BLOCK_WIDTH))
             rounded = weight_sums.to(COMPUTE)
             accumulator += _dot_exactly(offsets, rounded, COMPUTE)
-            if COMPUTE != tl.float32:
-                accumulator += _dot(offsets, weight_sums - rounded.to(tl.float32), COMPUTE)
+            accumulator += _dot(offsets, weight_sums - rounded.to(tl.float32), COMPUTE)
 
     _store_split(
         accumulator, maximum, total, sums_ptr, weights_ptr, weights_stride, splits, place + split,
@@ -549,23 +567,23 @@ def _merge_kernel(
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    width = tl.arange(0, BLOCK_WIDTH)
+    width = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     in_width = width < WIDTH
-    maximum = tl.full([], LOWEST, tl.float32)
-    total = tl.zeros([], tl.float32)
-    mixed = tl.zeros([BLOCK_WIDTH], tl.float32)
+    maxima = tl.full([BLOCK_SPLITS], LOWEST, tl.float32)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        maxima = tl.maximum(maxima, tl.load(weights_ptr + row * splits + split, mask=split < splits, other=LOWEST))
+    maximum = tl.max(maxima, axis=0)
+    totals = tl.zeros([BLOCK_SPLITS], tl.float32)
+    mixed = tl.zeros([BLOCK_SPLITS, BLOCK_WIDTH], tl.float32)
     for start in range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
         in_splits = split < splits
         place = row * splits + split
-        maxima = tl.load(weights_ptr + place, mask=in_splits, other=LOWEST)
-        totals = tl.load(weights_ptr + weights_stride + place, mask=in_splits, other=0)
-        sums = tl.load(sums_ptr + place[:, None] * WIDTH + width[None, :], mask=in_splits[:, None] & in_width[None, :], other=0)
-        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
-        fading = tl.exp2(maximum - new_maximum)
-        factors = tl.exp2(maxima - new_maximum)
-        total = total * fading + tl.sum(totals * factors, axis=0)
-        mixed = mixed * fading + tl.sum(sums * factors[:, None], axis=0)
-        maximum = new_maximum
+        factors = tl.exp2(tl.load(weights_ptr + place, mask=in_splits, other=LOWEST) - maximum)
+        totals += factors * tl.load(weights_ptr + weights_stride + place, mask=in_splits, other=0)
+        inside = in_splits[:, None] & in_width[None, :]
+        mixed += factors[:, None] * tl.load(sums_ptr + place[:, None] * WIDTH + width[None, :], mask=inside, other=0)
+    total = tl.sum(totals, axis=0)
     # Where there is no token, all sums are zero.
-    tl.store(out_ptr + row * WIDTH + width, mixed / tl.where(total > 0, total, 1.0), mask=in_width)
+    tl.store(out_ptr + row * WIDTH + width, tl.sum(mixed, axis=0) / tl.where(total > 0, total, 1.0), mask=in_width)

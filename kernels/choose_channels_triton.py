@@ -1,4 +1,4 @@
-"""`choose_channels` in Triton: extremes of pieces of the tokens, then one program a sequence that ranks channels by counting."""
+"""`choose_channels` in Triton: atomic maxima over pieces of the tokens, then one program a sequence that ranks by counting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import triton.language as tl
 from vidkv_kernels.choose_channels import check_choice
 from vidkv_kernels.span import Span
 
-PIECE = 256
 TOKENS = 64
 
 
@@ -17,17 +16,16 @@ def choose_channels(states: torch.Tensor, span: Span, wide_channels: int) -> tor
     """See `choose_channels_reference`."""
     check_choice(states, span, wide_channels)
     batch, heads, tokens, width = states.shape
-    pieces = triton.cdiv(tokens, PIECE)
     block_width = triton.next_power_of_2(width)
-    extremes = torch.empty(2, batch, heads * pieces, width, dtype=torch.float32, device=states.device)
+    # Largest values of each channel, and largest values of its negative.
+    extremes = torch.full((2, batch, width), float("-inf"), dtype=torch.float32, device=states.device)
     order = torch.empty(batch, width, dtype=torch.int32, device=states.device)
-    _extremes_kernel[(pieces, batch * heads)](
+    _extremes_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
         states, *states.stride()[:3], span.begin, span.count, extremes, extremes.stride(0), heads,
-        WIDTH=width, BLOCK_WIDTH=block_width, TOKENS=TOKENS, PIECE=PIECE, num_warps=4,
+        WIDTH=width, BLOCK_WIDTH=block_width, TOKENS=TOKENS, num_warps=4,
     )  # fmt: skip
     _order_kernel[(batch,)](
-        extremes, extremes.stride(0), order, heads * pieces, wide_channels,
-        WIDTH=width, BLOCK_WIDTH=block_width, ROWS=32, num_warps=8,
+        extremes, extremes.stride(0), order, wide_channels, WIDTH=width, BLOCK_WIDTH=block_width, num_warps=8
     )  # fmt: skip
     return order
 
@@ -35,54 +33,45 @@ def choose_channels(states: torch.Tensor, span: Span, wide_channels: int) -> tor
 @triton.jit
 def _extremes_kernel(
     states_ptr, batch_stride, head_stride, token_stride, begin_ptr, count_ptr, extremes_ptr, extremes_stride, heads,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TOKENS: tl.constexpr, PIECE: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     batch, head = row // heads, row % heads
     count = tl.load(count_ptr + batch)
-    begin = tl.load(begin_ptr + batch)
-    width = tl.arange(0, BLOCK_WIDTH)
-    states_ptr += batch * batch_stride + head * head_stride
-    low = tl.full([BLOCK_WIDTH], float("inf"), tl.float32)
-    high = tl.full([BLOCK_WIDTH], float("-inf"), tl.float32)
-    first = tl.program_id(0) * PIECE
-    for offset in range(0, PIECE, TOKENS):
-        token = first + offset + tl.arange(0, TOKENS)
-        inside = (token < count)[:, None] & (width < WIDTH)[None, :]
-        places = (token + begin).to(tl.int64)[:, None] * token_stride + width[None, :]
-        states = tl.load(states_ptr + places, mask=inside, other=0).to(tl.float32)
-        low = tl.minimum(low, tl.min(tl.where(inside, states, float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.where(inside, states, float("-inf")), axis=0))
-    place = (row * tl.num_programs(0) + tl.program_id(0)) * WIDTH + width
-    tl.store(extremes_ptr + place, low, mask=width < WIDTH)
-    tl.store(extremes_ptr + extremes_stride + place, high, mask=width < WIDTH)
+    token, width = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, BLOCK_WIDTH)
+    if tl.program_id(0) * TOKENS >= count:
+        return
+    # Tokens beyond the last one read it again.
+    position = (tl.minimum(token, count - 1) + tl.load(begin_ptr + batch)).to(tl.int64)
+    places = batch * batch_stride + head * head_stride + position[:, None] * token_stride + width[None, :]
+    states = tl.load(states_ptr + places, mask=(width < WIDTH)[None, :], other=0).to(tl.float32)
+    place = extremes_ptr + batch * WIDTH + width
+    tl.atomic_max(place, tl.max(states, axis=0), mask=width < WIDTH, sem="relaxed")
+    tl.atomic_max(place + extremes_stride, tl.max(-states, axis=0), mask=width < WIDTH, sem="relaxed")
+
+
+@triton.jit
+def _load_width(extremes_ptr, extremes_stride, channel, WIDTH: tl.constexpr):
+    """Return widths of channels; without tokens 0, beyond the last channel less than that."""
+    high = tl.load(extremes_ptr + channel, mask=channel < WIDTH, other=-0.5)
+    low = tl.load(extremes_ptr + extremes_stride + channel, mask=channel < WIDTH, other=-0.5)
+    return tl.where(high == float("-inf"), 0.0, high + low)
 
 
 @triton.jit
 def _order_kernel(
-    extremes_ptr, extremes_stride, order_ptr, pieces, wide_channels,
-    WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    extremes_ptr, extremes_stride, order_ptr, wide_channels, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):  # fmt: skip
     batch = tl.program_id(0).to(tl.int64)
-    channel = tl.arange(0, BLOCK_WIDTH)
-    is_channel = channel < WIDTH
-    low = tl.full([BLOCK_WIDTH], float("inf"), tl.float32)
-    high = tl.full([BLOCK_WIDTH], float("-inf"), tl.float32)
-    for start in range(0, pieces, ROWS):
-        piece = start + tl.arange(0, ROWS)
-        inside = (piece < pieces)[:, None] & is_channel[None, :]
-        place = (batch * pieces + piece)[:, None] * WIDTH + channel[None, :]
-        low = tl.minimum(low, tl.min(tl.load(extremes_ptr + place, mask=inside, other=float("inf")), axis=0))
-        high = tl.maximum(high, tl.max(tl.load(extremes_ptr + extremes_stride + place, mask=inside, other=float("-inf")), axis=0))
-    # Without tokens all widths are equal; places beyond the channels stand last.
-    width = tl.where(is_channel, tl.maximum(high - low, 0.0), -1.0)
-    other = tl.arange(0, BLOCK_WIDTH)
-    is_same = other[:, None] == channel[None, :]
+    extremes_ptr += batch * WIDTH
+    channel, other = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_WIDTH)
+    width = _load_width(extremes_ptr, extremes_stride, channel, WIDTH)[None, :]
+    other_width = _load_width(extremes_ptr, extremes_stride, other, WIDTH)[:, None]
     is_before = other[:, None] < channel[None, :]
-    other_width = tl.sum(tl.where(is_same, width[None, :], 0.0), axis=1)[:, None]
-    is_wider = (other_width > width[None, :]) | ((other_width == width[None, :]) & is_before)
-    is_wide = (tl.sum(is_wider.to(tl.int32), axis=0) < wide_channels).to(tl.int32)
-    other_is_wide = tl.sum(tl.where(is_same, is_wide[None, :], 0), axis=1)[:, None]
-    wide_before = tl.sum(tl.where(is_before, other_is_wide, 0), axis=0)
-    position = tl.where(is_wide != 0, wide_before, wide_channels + channel - wide_before)
-    tl.store(order_ptr + batch * WIDTH + position, channel, mask=is_channel)
+    is_wider = ((other_width > width) | ((other_width == width) & is_before)).to(tl.int32)
+    is_wide = tl.sum(is_wider, axis=0) < wide_channels
+    # Of two channels one is the wider, so what stands before the other channel is what it does not stand before.
+    other_is_wide = BLOCK_WIDTH - 1 - tl.sum(is_wider, axis=1) < wide_channels
+    wide_before = tl.sum((is_before & other_is_wide[:, None]).to(tl.int32), axis=0)
+    position = tl.where(is_wide, wide_before, wide_channels + channel - wide_before)
+    tl.store(order_ptr + batch * WIDTH + position, channel, mask=channel < WIDTH)

@@ -1,4 +1,4 @@
-"""`encode` in Triton, for float32 tiles [groups, S, columns] whose groups lie along dimension 1, or [.., groups, S] along 2."""
+"""`encode` in Triton, for float32 tiles of three dimensions whose groups lie along dimension DIM; 2 or 4 levels of min-max."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ def encode_minmax(groups, LEVELS: tl.constexpr, DIM: tl.constexpr):
     low = tl.min(groups, axis=DIM)
     scale = _rounded(tl.div_rn(tl.max(groups, axis=DIM) - low, LEVELS - 1.0))
     offset = _rounded(low)
-    divisor = tl.expand_dims(tl.where(scale > 0, scale, 1.0), DIM)
-    steps = tl.div_rn(groups - tl.expand_dims(offset, DIM), tl.broadcast_to(divisor, groups.shape))
-    # Adding 1.5 * 2^23 leaves no bits behind the point, rounding half to even.
-    steps = (tl.minimum(tl.maximum(steps, -1.0), 8.0) + 12582912.0) - 12582912.0
-    return tl.minimum(tl.maximum(steps, 0.0), LEVELS - 1.0).to(tl.int32), scale, offset
+    step = tl.expand_dims(tl.where(scale > 0, scale, 1.0), DIM)
+    above = groups - tl.expand_dims(offset, DIM)
+    # Halves go to the even code. These multiples of a float16 are exact in float32.
+    codes = (above > 0.5 * step).to(tl.int32)
+    if LEVELS == 4:
+        codes += (above >= 1.5 * step).to(tl.int32) + (above > 2.5 * step).to(tl.int32)
+    return codes, scale, offset
 
 
 @triton.jit

@@ -138,11 +138,12 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "as published, transformed": (half, [2], [96], [32], (wide, real, imaginary), 32, True),
         "signs around zero, few wide channels": (single, [0], [64], [0], (few_wide, Segment(52, 1, "centred")), 32, False),
         "one level zero": (half, [0], [32], [0], (few_wide, Segment(52, 1, "none")), 32, False),
+        "more tokens than one program takes": (half, [0], [160], [32], (wide, Segment(32, 1, "mean")), 32, True),
         "only wide channels": (half, [0], [64], [64], (Segment(64, 2, "minimum"),), 32, False),
         "min-max of 1 bit": (half, [0], [64], [0], (Segment(64, 1, "minimum"),), 32, False),
         "groups of 64": (half, [1], [64], [64], (wide, Segment(32, 1, "mean")), 64, True),
         "groups of 128": (brain, [0], [128], [0], (wide, Segment(32, 1, "mean")), 128, False),
-        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 32], [0, 64, 32], (wide, real, imaginary), 32, True),
+        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 45], [0, 64, 32], (wide, real, imaginary), 32, True),
     }
     return {name: _case(device, *call) for name, call in calls.items()}
 
@@ -158,7 +159,7 @@ def _case(
     normal = sum(segment.channels for segment in segments if segment.nbits == 1)
     # Signs instead of a Fourier transform: all sums stay exact.
     transform = torch.randint(0, 2, (normal, normal), generator=generator, device=device).float() * 2 - 1 if is_transformed else None
-    keys = make_keys(len(begin), 2, 128, segments, group_size, device)
+    keys = make_keys(len(begin), 2, 256, segments, group_size, device)
     return states, Span.of(device, begin, count, start), order, transform, keys
 
 

@@ -1,4 +1,4 @@
-"""`quantize_keys` in Triton: one program for 128 tokens of a head, which are read once."""
+"""`quantize_keys` in Triton: one program for 64 or 128 tokens of a head, which are read once."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vidkv_kernels.encode_triton import encode_minmax, encode_sign, pack_words
+from vidkv_kernels.encode_triton import encode_minmax, encode_sign
 from vidkv_kernels.packed import PackedKeys
 from vidkv_kernels.quantize_keys import check_keys, normal_kinds
 from vidkv_kernels.span import Span
-
-TOKENS = 128
 
 
 def quantize_keys(
@@ -21,38 +19,40 @@ def quantize_keys(
     check_keys(states, span, order, transform, keys)
     batch, heads, tokens, _ = states.shape
     normal = keys.channels - keys.wide_channels
-    _quantize_keys_kernel[(triton.cdiv(tokens, TOKENS), batch * heads)](
+    tile = max(64, keys.group_size)
+    _quantize_keys_kernel[(triton.cdiv(tokens, tile), batch * heads)](
         states, *states.stride()[:3], span.begin, span.count, span.start, order, order if transform is None else transform,
         keys.codes, keys.scale, keys.codes if keys.offset is None else keys.offset, heads, keys.codes.shape[2] * 32,
         WIDE=keys.wide_channels, BLOCK_WIDE=triton.next_power_of_2(max(keys.wide_channels, 16)),
         NORMAL=normal, BLOCK_NORMAL=triton.next_power_of_2(max(normal, 16)), STORED=keys.stored_offsets,
-        KIND=(normal_kinds(keys) or ("",))[0], HAS_TRANSFORM=transform is not None, GROUP=keys.group_size, TOKENS=TOKENS,
+        KIND=(normal_kinds(keys) or ("",))[0], HAS_TRANSFORM=transform is not None, GROUP=keys.group_size, TOKENS=tile,
         # 16-bit states are exact in TF32; its three terms then keep the accuracy of float32.
         PRECISION="ieee" if states.dtype == torch.float32 else "tf32x3",
-        num_warps=8,
+        num_warps=tile // 16,
     )  # fmt: skip
     return keys
 
 
 @triton.jit
 def _store(
-    codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, row, tokens, place, first, count,
+    codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, place, first, count,
     FIRST_WORD: tl.constexpr, FIRST: tl.constexpr, COUNT: tl.constexpr, BLOCK: tl.constexpr, HAS_OFFSET: tl.constexpr,
     NBITS: tl.constexpr, WORDS: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.arange(0, BLOCK)
-    words = pack_words(tl.reshape(codes, [TOKENS, BLOCK]), TOKENS, BLOCK, NBITS)
-    part = tl.arange(0, TOKENS * NBITS // 32)
-    block = (row * tokens + place) // 32 + part // NBITS
-    column = FIRST_WORD + (part % NBITS * COUNT)[:, None] + channel[None, :]
-    is_word = (first + part * (32 // NBITS) < count)[:, None] & (channel < COUNT)[None, :]
-    tl.store(codes_ptr + block[:, None] * WORDS + column, words, mask=is_word)
+    PER_WORD: tl.constexpr = 32 // NBITS
+    channel = tl.arange(0, BLOCK)[:, None]
+    digits = tl.reshape(codes, [BLOCK, TOKENS // PER_WORD, PER_WORD])
+    words = tl.sum(digits << (NBITS * tl.arange(0, PER_WORD))[None, None, :], axis=2)
+    part = tl.arange(0, TOKENS // PER_WORD)
+    column = FIRST_WORD + (part % NBITS * COUNT)[None, :] + channel
+    is_word = (first + part * PER_WORD < count)[None, :] & (channel < COUNT)
+    tl.store(codes_ptr + (place // 32 + part // NBITS)[None, :] * WORDS + column, words, mask=is_word)
     group = tl.arange(0, TOKENS // GROUP)
-    is_group = (first + group * GROUP < count)[:, None] & (channel < COUNT)[None, :]
-    group_row = (row * tokens + place) // GROUP + group
-    tl.store(scale_ptr + group_row[:, None] * CHANNELS + FIRST + channel[None, :], scale.to(tl.float16), mask=is_group)
+    is_group = (first + group * GROUP < count)[None, :] & (channel < COUNT)
+    row = (place // GROUP + group)[None, :]
+    tl.store(scale_ptr + row * CHANNELS + FIRST + channel, scale.to(tl.float16), mask=is_group)
     if HAS_OFFSET:
-        tl.store(offset_ptr + group_row[:, None] * STORED + FIRST + channel[None, :], offset.to(tl.float16), mask=is_group)
+        tl.store(offset_ptr + row * STORED + FIRST + channel, offset.to(tl.float16), mask=is_group)
 
 
 @triton.jit
@@ -62,47 +62,47 @@ def _quantize_keys_kernel(
     WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr, NORMAL: tl.constexpr, BLOCK_NORMAL: tl.constexpr, STORED: tl.constexpr,
     KIND: tl.constexpr, HAS_TRANSFORM: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # Tiles are [channels, tokens], so that most of a group lies in one thread.
     CHANNELS: tl.constexpr = WIDE + NORMAL
     WORDS: tl.constexpr = 2 * WIDE + NORMAL
     GROUPS: tl.constexpr = TOKENS // GROUP
-    row = tl.program_id(1).to(tl.int64)
-    batch, head = row // heads, row % heads
+    batch, head = tl.program_id(1).to(tl.int64) // heads, tl.program_id(1).to(tl.int64) % heads
     first = tl.program_id(0) * TOKENS
     count = tl.load(count_ptr + batch)
     count -= count % GROUP
     if first >= count:
         return
-    place = tl.load(start_ptr + batch).to(tl.int64) + first
-    token = first + tl.arange(0, TOKENS)
-    is_token = (token < count)[:, None]
-    states_ptr += batch * batch_stride + head * head_stride
-    position = (token + tl.load(begin_ptr + batch)).to(tl.int64)[:, None] * token_stride
+    place = tl.program_id(1).to(tl.int64) * tokens + tl.load(start_ptr + batch) + first
+    token = tl.arange(0, TOKENS)
+    is_token = (first + token < count)[None, :]
+    states_ptr += batch * batch_stride + head * head_stride + (first + tl.load(begin_ptr + batch)).to(tl.int64) * token_stride
+    position = token[None, :] * token_stride
     order_ptr += batch * CHANNELS
     if WIDE:
         channel = tl.arange(0, BLOCK_WIDE)
         in_wide = channel < WIDE
         source = tl.load(order_ptr + channel, mask=in_wide, other=0)
-        states = tl.load(states_ptr + position + source[None, :], mask=is_token & in_wide[None, :], other=0).to(tl.float32)
-        codes, scale, offset = encode_minmax(tl.reshape(states, [GROUPS, GROUP, BLOCK_WIDE]), 4, 1)
+        states = tl.load(states_ptr + position + source[:, None], mask=is_token & in_wide[:, None], other=0).to(tl.float32)
+        codes, scale, offset = encode_minmax(tl.reshape(states, [BLOCK_WIDE, GROUPS, GROUP]), 4, 2)
         _store(
-            codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, row, tokens, place, first, count,
+            codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, place, first, count,
             0, 0, WIDE, BLOCK_WIDE, True, 2, WORDS, CHANNELS, STORED, GROUP, TOKENS,
         )  # fmt: skip
     if NORMAL:
         normal = tl.arange(0, BLOCK_NORMAL)
         in_normal = normal < NORMAL
         source = tl.load(order_ptr + WIDE + normal, mask=in_normal, other=0)
-        states = tl.load(states_ptr + position + source[None, :], mask=is_token & in_normal[None, :], other=0).to(tl.float32)
+        states = tl.load(states_ptr + position + source[:, None], mask=is_token & in_normal[:, None], other=0).to(tl.float32)
         if HAS_TRANSFORM:
             inside = in_normal[:, None] & in_normal[None, :]
-            transform = tl.load(transform_ptr + normal[:, None] * NORMAL + normal[None, :], mask=inside, other=0)
-            states = tl.dot(states, transform, input_precision=PRECISION)
-        groups = tl.reshape(states, [GROUPS, GROUP, BLOCK_NORMAL])
+            transposed = tl.load(transform_ptr + normal[:, None] + normal[None, :] * NORMAL, mask=inside, other=0)
+            states = tl.dot(transposed, states, input_precision=PRECISION)
+        groups = tl.reshape(states, [BLOCK_NORMAL, GROUPS, GROUP])
         if KIND == "minimum":
-            codes, scale, offset = encode_minmax(groups, 2, 1)
+            codes, scale, offset = encode_minmax(groups, 2, 2)
         else:
-            codes, scale, offset = encode_sign(groups, KIND == "mean", KIND != "none", GROUP, 1)
+            codes, scale, offset = encode_sign(groups, KIND == "mean", KIND != "none", GROUP, 2)
         _store(
-            codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, row, tokens, place, first, count,
+            codes, scale, offset, codes_ptr, scale_ptr, offset_ptr, place, first, count,
             2 * WIDE, WIDE, NORMAL, BLOCK_NORMAL, KIND == "minimum" or KIND == "mean", 1, WORDS, CHANNELS, STORED, GROUP, TOKENS,
         )  # fmt: skip

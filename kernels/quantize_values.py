@@ -105,7 +105,8 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "ternary without scale": (half, [0], [32], [0], {**ternary, "is_scaled": False}),
         "ternary, five a byte": (half, [1], [64], [32], {**ternary, "is_bytes": True}),
         "ternary per token": (half, [0], [96], [0], {**ternary, "granularity": "per_token"}),
-        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 32], [0, 64, 32], ternary),
+        "sequences of different length, one empty": (brain, [0, 5, 70], [96, 0, 45], [0, 64, 32], ternary),
+        "more tokens than one program takes": (half, [0], [160], [0], ternary),
         "min-max of 2 bits": (half, [0], [64], [0], minmax),
         "min-max of 2 bits per token": (half, [2], [64], [32], {**minmax, "granularity": "per_token"}),
         "min-max of 1 bit per token": (single, [0], [32], [0], {"levels": 2, "offset_kind": "minimum", "granularity": "per_token"}),
@@ -131,7 +132,7 @@ def _case(
     room = max(first + number for first, number in zip(begin, count, strict=True)) + 1
     # Heads beside each other in a token, as a model makes them.
     states = exact_states(generator, dtype, len(begin), room, 2, 64).transpose(1, 2)
-    values = make_values(len(begin), 2, 128, 64, device, **form)
+    values = make_values(len(begin), 2, 256, 64, device, **form)
     return states, Span.of(device, begin, count, start), 0.75, values
 
 

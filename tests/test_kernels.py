@@ -1,6 +1,7 @@
 """Every operation, every case: the Triton version, interpreted on the CPU, agrees with the reference."""
 
 import dataclasses
+import importlib
 import platform
 
 import pytest
@@ -41,9 +42,14 @@ def test_a_kernel_that_errs_by_2_percent_or_leaves_a_block_unwritten_is_seen():
         check_error(plain, plain, truth)
 
 
-def test_splits_of_a_long_history_merge_into_one():
-    layer = random_layer(torch.Generator().manual_seed(0), torch.float16, [700], [30], heads=1)
-    query = torch.randn(1, 2, 1, 64, dtype=torch.float16)
+@pytest.mark.parametrize("programs", [1, 1024])
+def test_programs_that_take_several_steps_agree_with_the_reference(programs, monkeypatch):
+    attend_triton = importlib.import_module("vidkv_kernels.attend_triton")
+    monkeypatch.setattr(attend_triton, "PROGRAMS", programs)
+    monkeypatch.setattr(attend_triton, "SPLITS_AT_ONCE", 2)
+    generator = torch.Generator().manual_seed(0)
+    layer = random_layer(generator, torch.float32, [400], [30])
+    query = 4 * torch.randn(1, 2, 1, 64, generator=generator)
     plain, truth = attend_reference(query, layer, 0.125), attend_reference(query, layer, 0.125, dtype=torch.float64)
     check_error(ATTEND.triton(query, layer, 0.125), plain, truth)
 
