@@ -102,9 +102,9 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
             torch.tensor(counts, dtype=torch.int32), 3, "centred", "per_channel", 32, 128, run.codes[:, :, blocks].contiguous(),
             run.scale[:, :, blocks].contiguous(),
         )  # fmt: skip
-        grown.reserve(grown.max_length + 32)
-        grown.append(part, (values,))
-    assert grown.lengths.tolist() == [128, 64]
+        grown.reserve(longest := start + 32)
+        grown.append(part, (values,), max_length=longest)
+    assert grown.lengths.tolist() == [128, 64] and grown.max_length == 128 == grown.capacity
     for row, records in enumerate((4, 2)):
         assert torch.equal(grown.keys[row, :, :records], whole.keys[row, :, :records])
         assert torch.equal(grown.values[row, :, :records], whole.values[row, :, :records])

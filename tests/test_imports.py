@@ -35,6 +35,7 @@ ONLY = {
     "lmms_eval": {"adapters", "harness"},
     "hydra": {"settings"},
     "triton": set(),
+    "cuda": set(),
 }
 STANDALONE = "mini"
 
