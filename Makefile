@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test test-gpu lint smoke readme bench clean
+.PHONY: help setup test test-gpu lint smoke readme bench bench-kernels clean
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -41,6 +41,9 @@ readme: $(STAMP)  ## put the recorded table into README.md
 
 bench: $(STAMP)  ## time and peak memory of table 1 on this machine
 	$(BIN)/python scripts/bench_table1.py results/mini/bench_table1.md
+
+bench-kernels: $(STAMP)  ## time of the kernels on this machine's GPU, beside full precision
+	$(BIN)/python scripts/bench_kernels.py results
 
 clean:  ## forget the cells of this machine (runs/) and caches; results/ and .venv stay
 	rm -rf runs .pytest_cache .ruff_cache

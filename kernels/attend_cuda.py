@@ -100,7 +100,8 @@ def attend(
     is_mapped = history is not None and history.rotation is not None
     is_centered = history is not None and history.center is not None
     kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, query.dtype == torch.bfloat16, is_mapped, is_centered, device)
-    return _launch(kernels, query, history, residual, prefix, scaling, plan, ratio)
+    with torch.cuda.device(device):
+        return _launch(kernels, query, history, residual, prefix, scaling, plan, ratio)
 
 
 def _check_part(name: str, part: FullPrecision, shape: tuple, query: torch.Tensor) -> None:
@@ -177,7 +178,6 @@ def _kernels(
     code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), constants, capability)
     shared_bytes = _shared_bytes(form, chunks, warps)
     with torch.cuda.device(device):
-        torch.cuda.current_stream()
         module = nvrtc.load(code)
         attend_kernel, merge_kernel = nvrtc.function(module, "attend", shared_bytes), nvrtc.function(module, "merge")
     return _Kernels(attend_kernel, merge_kernel, shared_bytes, capability >= (9, 0))

@@ -19,8 +19,12 @@ AT_ONCE = tl.constexpr(2)
 ROWS = tl.constexpr(HALVES.value * AT_ONCE.value)
 STEP = 128
 DENSE_TOKENS = 32
+# Programs of one launch, where the history is long enough: more than run at once on large GPUs.
 PROGRAMS = 1024
+# Registers of a thread on an NVIDIA GPU: a few values spill, and a quarter more programs run at once.
+REGISTERS = 200
 SPLITS_AT_ONCE = 64
+CHANNELS_AT_ONCE = 32
 LOG2_E = 1.4426950408889634
 # A maximum that is lower than any score, but finite, so that differences of maxima are numbers.
 LOWEST = tl.constexpr(-1.0e30)
@@ -35,7 +39,8 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     block_heads = min(16, max(8, triton.next_power_of_2(per_head)))
     head_blocks = triton.cdiv(per_head, block_heads)
     mapped, constant = _map_query(query, layer.keys)
-    splits = [_split_count(run.entries, batch * heads * head_blocks) for run in layer.values]
+    steps = [_divide(run.entries, batch * heads * head_blocks) for run in layer.values]
+    splits = [count * parts for count, parts in steps]
     dense = [part for part in (layer.residual, layer.prefix) if part is not None]
     dense_splits = [triton.cdiv(part.keys.shape[2], DENSE_TOKENS) for part in dense]
     total = sum(splits) + sum(dense_splits)
@@ -56,19 +61,20 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     for part, count in zip(dense, dense_splits, strict=True):
         _launch_dense(query, part, sums, weights, place, count, shared)
         place += count
-    for run, count in zip(layer.values, splits, strict=True):
-        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, shared, query.dtype)
+    for run, count, (_, parts) in zip(layer.values, splits, steps, strict=True):
+        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, parts, shared, query.dtype)
         place += count
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _merge_kernel[(batch * query_heads,)](
-        sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=shared["BLOCK_WIDTH"],
-        BLOCK_SPLITS=min(SPLITS_AT_ONCE, triton.next_power_of_2(max(total, 1))), num_warps=8,
+    _merge_kernel[(batch * query_heads, triton.cdiv(width, CHANNELS_AT_ONCE))](
+        sums, weights, out, weights.stride(0), total, WIDTH=width, BLOCK_WIDTH=CHANNELS_AT_ONCE, BLOCK_SPLITS=SPLITS_AT_ONCE, num_warps=4
     )  # fmt: skip
     return out
 
 
-def _split_count(entries: int, rows: int) -> int:
-    return max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
+def _divide(entries: int, rows: int) -> tuple[int, int]:
+    """Return over how many programs steps are divided, and over how many the tokens of a step."""
+    count = max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
+    return count, max(parts for parts in (1, 2, 4) if parts == 1 or count * rows * parts <= PROGRAMS)
 
 
 def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -80,12 +86,12 @@ def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tens
     constant = torch.empty(batch, query_heads, dtype=torch.float32, device=query.device) if keys.center is not None else None
     rotation = query if keys.rotation is None else keys.rotation
     center = query if keys.center is None else keys.center
-    _map_query_kernel[(batch * query_heads,)](
+    _map_query_kernel[(batch * query_heads, triton.cdiv(keys.channels, CHANNELS_AT_ONCE))](
         query, query.stride(0), query.stride(1), rotation, *_broadcast_strides(rotation), center, *_broadcast_strides(center),
         mapped, mapped if constant is None else constant, query_heads, query_heads // keys.codes.shape[1],
         WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(width), CHANNELS=keys.channels,
-        BLOCK_CHANNELS=triton.next_power_of_2(keys.channels), HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
-        num_warps=8,
+        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
+        num_warps=4,
     )  # fmt: skip
     return mapped, constant
 
@@ -119,6 +125,7 @@ def _launch_history(
     weights: torch.Tensor,
     place: int,
     count: int,
+    parts: int,
     shared: dict,
     dtype: torch.dtype,
 ) -> None:
@@ -144,7 +151,8 @@ def _launch_history(
         # Without scales there are no groups, and the other form is the faster one.
         PER_TOKEN=values.granularity == "per_token" and scale is not None, HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
         VALUE_FLOAT8=values.scale_unit is not None, VALUE_OFFSET_FLOAT8=values.offset_unit is not None,
-        IS_GATHERED=values.tokens is not None, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16, **shared,
+        IS_GATHERED=values.tokens is not None, PARTS=parts, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16,
+        **shared, **({"maxnreg": REGISTERS} if torch.version.cuda else {}),
     )  # fmt: skip
 
 
@@ -170,7 +178,7 @@ def _map_query_kernel(
     row = tl.program_id(0).to(tl.int64)
     batch, query_head = row // query_heads, row % query_heads
     head = query_head // per_head
-    width, channel = tl.arange(0, BLOCK_WIDTH), tl.arange(0, BLOCK_CHANNELS)
+    width, channel = tl.arange(0, BLOCK_WIDTH), tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_width, in_channels = width < WIDTH, channel < CHANNELS
     query = tl.load(query_ptr + batch * query_batch_stride + query_head * query_head_stride + width, mask=in_width, other=0)
     query = query.to(tl.float32)
@@ -339,7 +347,7 @@ def _history_kernel(
     LEVELS: tl.constexpr, IS_BYTES: tl.constexpr, MIDDLE: tl.constexpr, VALUE_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     VALUE_FLOAT8: tl.constexpr, VALUE_OFFSET_FLOAT8: tl.constexpr,
-    IS_GATHERED: tl.constexpr, COMPUTE: tl.constexpr,
+    IS_GATHERED: tl.constexpr, PARTS: tl.constexpr, COMPUTE: tl.constexpr,
     HEADS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -413,8 +421,9 @@ def _history_kernel(
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     accumulator = tl.zeros([BLOCK_WIDTH, BLOCK_HEADS], tl.float32)
     steps = tl.cdiv(length, HALVES * HALF)
-    share = tl.cdiv(steps, tl.num_programs(0))
-    for step in range(split * share, tl.minimum(split * share + share, steps)):
+    share = tl.cdiv(steps, tl.num_programs(0) // PARTS)
+    first_index = split % PARTS * (HALF // PARTS)
+    for step in range(split // PARTS * share, tl.minimum(split // PARTS * share + share, steps)):
         half = step * HALVES + tl.arange(0, HALVES)
         is_half = half * HALF < length
         # Where the two halves of a block share words of 1 bit, the second one starts at bit 16.
@@ -457,7 +466,7 @@ def _history_kernel(
             value_offset = _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
-        for index in range(0, HALF, AT_ONCE):
+        for index in range(first_index, first_index + HALF // PARTS, AT_ONCE):
             entry = step * (HALVES * HALF) + first_entry + index
             is_held = entry < length
             scores = bias
@@ -508,8 +517,7 @@ def _history_kernel(
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
             fading = tl.exp2(maximum - new_maximum)
             maximum = new_maximum
-            # Among the first tokens of the halves of a step one is held, so that the maximum is a score and LOWEST far below it.
-            weights = tl.exp2(scores - maximum[None, :]).to(COMPUTE)
+            weights = tl.where(is_held[:, None], tl.exp2(scores - maximum[None, :]), 0.0).to(COMPUTE)
             weight_sums = weight_sums * fading[None, :] + weights.to(tl.float32)
 
             inside = is_held[:, None] & in_width[None, :]
@@ -559,23 +567,23 @@ def _merge_kernel(
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    width = tl.arange(0, BLOCK_WIDTH)
+    width = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     in_width = width < WIDTH
-    maximum = tl.full([], LOWEST, tl.float32)
-    total = tl.zeros([], tl.float32)
-    mixed = tl.zeros([BLOCK_WIDTH], tl.float32)
+    maxima = tl.full([BLOCK_SPLITS], LOWEST, tl.float32)
+    for start in range(0, splits, BLOCK_SPLITS):
+        split = start + tl.arange(0, BLOCK_SPLITS)
+        maxima = tl.maximum(maxima, tl.load(weights_ptr + row * splits + split, mask=split < splits, other=LOWEST))
+    maximum = tl.max(maxima, axis=0)
+    totals = tl.zeros([BLOCK_SPLITS], tl.float32)
+    mixed = tl.zeros([BLOCK_SPLITS, BLOCK_WIDTH], tl.float32)
     for start in range(0, splits, BLOCK_SPLITS):
         split = start + tl.arange(0, BLOCK_SPLITS)
         in_splits = split < splits
         place = row * splits + split
-        maxima = tl.load(weights_ptr + place, mask=in_splits, other=LOWEST)
-        totals = tl.load(weights_ptr + weights_stride + place, mask=in_splits, other=0)
-        sums = tl.load(sums_ptr + place[:, None] * WIDTH + width[None, :], mask=in_splits[:, None] & in_width[None, :], other=0)
-        new_maximum = tl.maximum(maximum, tl.max(maxima, axis=0))
-        fading = tl.exp2(maximum - new_maximum)
-        factors = tl.exp2(maxima - new_maximum)
-        total = total * fading + tl.sum(totals * factors, axis=0)
-        mixed = mixed * fading + tl.sum(sums * factors[:, None], axis=0)
-        maximum = new_maximum
+        factors = tl.exp2(tl.load(weights_ptr + place, mask=in_splits, other=LOWEST) - maximum)
+        totals += factors * tl.load(weights_ptr + weights_stride + place, mask=in_splits, other=0)
+        inside = in_splits[:, None] & in_width[None, :]
+        mixed += factors[:, None] * tl.load(sums_ptr + place[:, None] * WIDTH + width[None, :], mask=inside, other=0)
+    total = tl.sum(totals, axis=0)
     # Where there is no token, all sums are zero.
-    tl.store(out_ptr + row * WIDTH + width, mixed / tl.where(total > 0, total, 1.0), mask=in_width)
+    tl.store(out_ptr + row * WIDTH + width, tl.sum(mixed, axis=0) / tl.where(total > 0, total, 1.0), mask=in_width)

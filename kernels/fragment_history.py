@@ -107,12 +107,14 @@ class FragmentHistory:
             grown[:, :, : old.shape[2]] = old
             setattr(self, name, grown)
 
-    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...]) -> None:
+    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...], max_length: int | None = None) -> None:
         """Append tokens in place, behind what each sequence holds, which must be whole groups.
 
         Args:
             keys, values: the new tokens in the portable layout, as quantizers make them; `values[0].lengths` says how many tokens
                 each sequence takes, zero for none.
+            max_length: upper bound of the lengths afterwards, for a caller who knows a smaller one than `self.max_length` and the
+                source's tokens together: sequences that grow in turn. Not checked, since lengths are on the device.
         Raises:
             UnsupportedForm: the kernels do not read this form.
             ValueError: another form than what is held, or the buffers are full: call `reserve` first.
@@ -125,14 +127,16 @@ class FragmentHistory:
         check("keys.codes", keys.codes, (batch, heads, None, None), torch.int32, self.device)
         check("values.codes", run.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
         tokens = _room(self.form, keys, run)
-        if self.max_length + tokens > self.capacity:
-            raise ValueError(f"{tokens} more tokens after {self.max_length} do not fit into {self.capacity}; call reserve first")
+        if max_length is None:
+            max_length = self.max_length + tokens
+        if max_length > self.capacity:
+            raise ValueError(f"{max_length} tokens do not fit into {self.capacity}; call reserve first")
         if self.device.type == "cuda" and not run.is_bytes:
             pack_cuda.append(self, keys, run, tokens)
         else:
             self._append_plain(keys, run, tokens)
         self.lengths += run.lengths
-        self.max_length += tokens
+        self.max_length = max_length
 
     def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
         """What `pack_cuda.append` does, in torch."""

@@ -34,17 +34,18 @@ def append(history: FragmentHistory, keys: PackedKeys, run: PackedValues, tokens
         return
     stream = torch.cuda.current_stream(history.device).cuda_stream
     starts, counts = nvrtc.pointer(history.lengths), nvrtc.pointer(run.lengths)
-    arguments = (
+    key_arguments = (
         nvrtc.pointer(keys.codes), nvrtc.pointer(keys.scale), nvrtc.pointer(keys.offset), ctypes.c_longlong(keys.scale.shape[2]),
         _segments(form), ctypes.c_int(form.stored_offsets), starts, counts, nvrtc.pointer(history.keys), ctypes.c_longlong(capacity),
         nvrtc.pointer(history.key_scale_max),
     )  # fmt: skip
-    nvrtc.launch(kernels[0], grid, THREADS, 0, stream, arguments)
-    arguments = (
+    value_arguments = (
         nvrtc.pointer(run.codes), nvrtc.pointer(run.scale), nvrtc.pointer(run.offset), ctypes.c_longlong(run.entries), starts, counts,
         nvrtc.pointer(history.values), ctypes.c_longlong(capacity), nvrtc.pointer(history.value_scale_max),
     )  # fmt: skip
-    nvrtc.launch(kernels[1], grid, THREADS, 0, stream, arguments)
+    with torch.cuda.device(history.device):
+        nvrtc.launch(kernels[0], grid, THREADS, 0, stream, key_arguments)
+        nvrtc.launch(kernels[1], grid, THREADS, 0, stream, value_arguments)
 
 
 @functools.cache

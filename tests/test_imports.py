@@ -40,6 +40,7 @@ ONLY = {
     "lmms_eval": {"adapters", "harness"},
     "hydra": {"settings"},
     "triton": set(),
+    "cuda": set(),
 }
 STANDALONE = "mini"
 

@@ -1,12 +1,10 @@
 """`attend` in CUDA C++ against the reference in float64, over awkward inputs. Run with `make test-gpu`; without a device these fail."""
 
-import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vidkv_kernels import attend_cuda
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.attend_cuda import Plan, attend
 from vidkv_kernels.fragment_history import FragmentHistory
@@ -293,14 +291,6 @@ def test_bad_tensors_are_refused_by_name():
     _, other = make(HALF, [96], [3], 7, width=128, segments=split(128, 32, *SCALED))
     with pytest.raises(ValueError, match="appended tokens have form"):
         history.append(other.keys, other.values)
-
-
-def test_splits_fill_the_device():
-    for tiles, records in itertools.product((1, 4, 32, 36, 128, 500), (0, 1, 64, 1024, 4096)):
-        splits = attend_cuda.choose_splits(tiles, records, 8, 132)
-        assert 1 <= splits <= max(1, -(-records // 8))
-    assert attend_cuda.choose_splits(4, 4096, 8, 132) == 33
-    assert attend_cuda.choose_splits(128, 1024, 8, 132) == 1
 
 
 def test_a_layer_can_be_read_back():

@@ -1,0 +1,225 @@
+"""History in fragment order: what goes in comes out, bits lie where the layout says, appending is packing, and compiling is remembered."""
+
+import builtins
+import itertools
+
+import pytest
+import torch
+
+from vidkv_kernels import attend_cuda, nvrtc
+from vidkv_kernels.fragment_history import FragmentHistory
+from vidkv_kernels.fragments import Form, UnsupportedForm, pack_keys, pack_values
+from vidkv_kernels.packed import PackedKeys, PackedValues, Segment
+from vidkv_kernels.random_layer import random_layer
+
+SCALED = (Segment(64, 2, "minimum"), Segment(64, 1, "mean"))
+KEYS = {
+    "half wide": SCALED,
+    "published": (Segment(38, 2, "minimum"), Segment(46, 1, "none"), Segment(44, 1, "centred")),
+    "few wide": (Segment(12, 2, "minimum"), Segment(116, 1, "mean")),
+    "all wide": (Segment(128, 2, "minimum"),),
+    "none wide": (Segment(128, 1, "minimum"),),
+}
+VALUES = {
+    "ternary": ("per_channel", 3, "centred"),
+    "unscaled": ("per_channel", 3, "unscaled"),
+    "min-max": ("per_channel", 4, "minimum"),
+    "per token": ("per_token", 4, "minimum"),
+    "signs": ("per_channel", 2, "mean"),
+    "1 bit per token": ("per_token", 2, "minimum"),
+}
+
+
+def make(history: list[int], keys=SCALED, values=VALUES["ternary"], width=128, **form):
+    generator = torch.Generator().manual_seed(sum(history))
+    return random_layer(generator, torch.float16, history, [1] * len(history), heads=2, width=width, segments=keys, values=values, **form)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("keys", KEYS)
+def test_what_goes_in_comes_out(keys, values, group_size):
+    layer = make([384, 70], KEYS[keys], VALUES[values], group_size=group_size)
+    found_keys, (found_values,) = FragmentHistory.from_packed(layer.keys, layer.values).unpack()
+    for row, length in enumerate((384, 70)):
+        for found, given in ((found_keys, layer.keys), (found_values, layer.values[0])):
+            assert torch.equal(found.decode(torch.float32)[row, :, :length], given.decode(torch.float32)[row, :, :length])
+
+
+def test_more_key_channels_than_a_query_has_come_out_too():
+    segments = (Segment(32, 2, "minimum"), Segment(33, 1, "none"), Segment(31, 1, "centred"))
+    layer = make([96], segments, width=64)
+    keys, _ = FragmentHistory.from_packed(layer.keys, layer.values).unpack()
+    assert torch.equal(keys.decode(torch.float32)[:, :, :96], layer.keys.decode(torch.float32)[:, :, :96])
+
+
+def test_a_key_code_lies_at_the_bit_that_the_layout_says():
+    codes = torch.zeros(1, 1, 32, 128, dtype=torch.uint8)
+    codes[0, 0, 27, 29] = 3  # token 16 + 8 + 3: m 1, rr 1, g 3; channel 16 + 8 + 4 + 1: fragment 1, kh 1, t 2, e 1
+    codes[0, 0, 3, 64 + 16 + 4] = 1  # g 3; 1-bit fragment 1, which shares a word with fragment 0: kh 0, t 2, e 0
+    metadata = torch.zeros(1, 1, 1, 128, dtype=torch.float16)
+    words = pack_keys(Form(128, SCALED), codes, metadata, metadata)[0, 0, 0, :768].view(torch.int32)
+    lane = 4 * 3 + 2
+    expected = torch.zeros(192, dtype=torch.int32)
+    expected[lane * 4 + 1] = (3 << 30) - (1 << 32)
+    expected[128 + lane * 2] = 1 << 1
+    assert torch.equal(words, expected)
+
+
+def test_a_value_code_lies_at_the_bit_that_the_layout_says():
+    codes = torch.zeros(1, 1, 32, 128, dtype=torch.uint8)
+    codes[0, 0, 29, 47] = 2  # token 16 + 8 + 4 + 1: m 1, kh 1, t 2, e 1; channel 32 + 8 + 4 + 2 + 1: fragment 3, rr 1, g 3
+    scale = torch.zeros(1, 1, 1, 128, dtype=torch.float16)
+    words = pack_values(Form(128, SCALED), codes, scale, None)[0, 0, 0, :1024].view(torch.int32)
+    expected = torch.zeros(256, dtype=torch.int32)
+    expected[(4 * 3 + 2) * 4 + 3] = (2 << 30) - (1 << 32)
+    assert torch.equal(words, expected)
+
+
+def test_bytes_are_those_of_codes_and_metadata():
+    form = Form(128, SCALED)
+    assert form.key_record_bytes == 32 * 64 * 2 // 8 + 32 * 64 // 8 + 2 * 128 + 2 * 128
+    assert form.value_record_bytes == 32 * 128 * 2 // 8 + 2 * 128
+    history = FragmentHistory(form, batch=3, heads=2, capacity=4096, device="cpu")
+    empty = history.nbytes
+    layer = make([64, 64, 64])
+    history.append(layer.keys, layer.values)
+    assert history.nbytes - empty == 3 * 2 * 2 * (form.key_record_bytes + form.value_record_bytes)
+
+
+def test_appending_at_each_row_s_own_time_is_packing_at_once():
+    layer = make([128, 64])
+    keys, run = layer.keys, layer.values[0]
+    whole = FragmentHistory.from_packed(keys, layer.values)
+    grown = FragmentHistory(whole.form, batch=2, heads=2, capacity=32, device="cpu")
+    for start, counts in ((0, (32, 0)), (0, (0, 32)), (32, (32, 32)), (64, (32, 0)), (96, (32, 0))):
+        blocks = slice(start // 32, start // 32 + 1)
+        part = PackedKeys(
+            keys.segments, 32, keys.codes[:, :, blocks].contiguous(), keys.scale[:, :, blocks].contiguous(),
+            keys.offset[:, :, blocks].contiguous(), rotation=keys.rotation,
+        )  # fmt: skip
+        values = PackedValues(
+            torch.tensor(counts, dtype=torch.int32), 3, "centred", "per_channel", 32, 128, run.codes[:, :, blocks].contiguous(),
+            run.scale[:, :, blocks].contiguous(),
+        )  # fmt: skip
+        grown.reserve(longest := start + 32)
+        grown.append(part, (values,), max_length=longest)
+    assert grown.lengths.tolist() == [128, 64] and grown.max_length == 128 == grown.capacity
+    for row, records in enumerate((4, 2)):
+        assert torch.equal(grown.keys[row, :, :records], whole.keys[row, :, :records])
+        assert torch.equal(grown.values[row, :, :records], whole.values[row, :, :records])
+    assert torch.equal(grown.key_scale_max, whole.key_scale_max) and torch.equal(grown.value_scale_max, whole.value_scale_max)
+    chosen = grown.select_batch(torch.tensor([1, 1, 0]))
+    assert torch.equal(chosen.keys[2, :, :4], whole.keys[0, :, :4]) and chosen.lengths.tolist() == [64, 64, 128]
+
+
+def test_scale_bounds_ignore_what_lies_beyond_the_lengths():
+    layer = make([40, 96])
+    layer.keys.scale[0, :, 2:] = 1e4
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    assert history.key_scale_max.isfinite().all() and (history.key_scale_max[0] < 100).all()
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({"protected": [32]}, "protected tokens"),
+        ({"metadata": torch.float8_e4m3fn}, "float8"),
+        ({"width": 32, "keys": (Segment(32, 2, "minimum"),)}, "32 channels"),
+    ],
+)
+def test_forms_that_the_kernels_do_not_read_are_refused(form, message):
+    layer = make([96], **form)
+    with pytest.raises(UnsupportedForm, match=message):
+        FragmentHistory.from_packed(layer.keys, layer.values)
+
+
+def test_a_full_history_and_another_form_are_refused():
+    layer = make([96])
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    with pytest.raises(ValueError, match="call reserve first"):
+        history.append(layer.keys, layer.values)
+    other = make([96], KEYS["few wide"])
+    with pytest.raises(ValueError, match="appended tokens have form"):
+        history.append(other.keys, other.values)
+    with pytest.raises(ValueError, match="keys have 96 channels and queries 64"):
+        FragmentHistory(Form(64, (Segment(96, 2, "minimum"),)), batch=1, heads=1, capacity=32, device="cpu")
+
+
+def test_attention_needs_a_cuda_device():
+    layer = make([96])
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    with pytest.raises(ValueError, match="query is on cpu"):
+        attend_cuda.attend(torch.zeros(1, 2, 1, 128, dtype=torch.float16), history, layer.residual, 1.0)
+
+
+def test_splits_fill_the_device():
+    for tiles, records in itertools.product((1, 4, 32, 36, 128, 500), (0, 1, 64, 1024, 4096)):
+        assert 1 <= attend_cuda.choose_splits(tiles, records, 8, 132) <= max(1, -(-records // 8))
+    assert attend_cuda.choose_splits(4, 4096, 8, 132) == 33
+    assert attend_cuda.choose_splits(128, 1024, 8, 132) == 1
+
+
+def test_a_missing_library_is_named_with_its_extra(monkeypatch):
+    real_import = builtins.__import__
+
+    def fail(name, *arguments, **options):
+        if name.startswith("cuda"):
+            raise ImportError(name)
+        return real_import(name, *arguments, **options)
+
+    nvrtc._bindings.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(nvrtc.KernelError, match=r"vidkv-eval\[cuda\]"):
+        nvrtc.compile_kernels("", {}, (9, 0))
+
+
+class FakeCompiler:
+    """Stands in for NVRTC: counts compilations, and refuses a source that says so."""
+
+    def __init__(self):
+        self.compiled = []
+
+    def nvrtcVersion(self):
+        return 0, 13, 0
+
+    def nvrtcCreateProgram(self, source, *_):
+        return 0, source
+
+    def nvrtcCompileProgram(self, program, _, options):
+        self.compiled.append((program, tuple(options)))
+        return (int(b"error" in program),)
+
+    def nvrtcGetProgramLogSize(self, program):
+        return 0, 8
+
+    def nvrtcGetProgramLog(self, program, log):
+        return (0,)
+
+    def nvrtcGetCUBINSize(self, program):
+        return 0, 4
+
+    def nvrtcGetCUBIN(self, program, code):
+        return (0,)
+
+    def nvrtcDestroyProgram(self, program):
+        return (0,)
+
+
+def test_a_kernel_is_compiled_once_for_each_source_constants_and_device(monkeypatch, tmp_path):
+    fake = FakeCompiler()
+    monkeypatch.setattr(nvrtc, "_bindings", lambda name: fake)
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path))
+    calls = [("a", {"X": 1}, (9, 0)), ("a", {"X": 1}, (9, 0)), ("b", {"X": 1}, (9, 0)), ("a", {"X": 2}, (9, 0)), ("a", {"X": 1}, (8, 0))]
+    for call in calls:
+        assert len(nvrtc.compile_kernels(*call)) == 4
+    assert len(fake.compiled) == 4 == len(list(tmp_path.iterdir()))
+    assert b"--gpu-architecture=sm_80" in fake.compiled[-1][1]
+
+
+def test_a_source_that_does_not_compile_leaves_nothing_behind(monkeypatch, tmp_path):
+    monkeypatch.setattr(nvrtc, "_bindings", lambda name: FakeCompiler())
+    monkeypatch.setenv(nvrtc.CACHE_VARIABLE, str(tmp_path / "new"))
+    with pytest.raises(nvrtc.KernelError, match="NVRTC refuses"):
+        nvrtc.compile_kernels("error", {}, (9, 0))
+    assert not (tmp_path / "new").exists()
