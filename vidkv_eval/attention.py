@@ -121,4 +121,5 @@ def use_attention(model: PreTrainedModel, name: str) -> None:
     if name in OURS:
         AttentionInterface.register(name, OURS[name])
         AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation({"text_config": name})
+    is_text_model = model.config.get_text_config(decoder=True) is model.config
+    model.set_attn_implementation(name if is_text_model else {"text_config": name})
