@@ -17,6 +17,7 @@ from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.attend import OP as ATTEND
+from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer
@@ -198,8 +199,11 @@ class PackedStep:
         scaling = query.shape[3] ** -0.5 if scaling is None else scaling
         if isinstance(self.history, FragmentHistory):
             return attend_cuda.attend(query, self.history, self.residual, scaling)
-        keys, values = self.history.unpack() if self.history else (None, ())
-        return ATTEND(query, PackedLayer(keys, values, self.residual), scaling)
+        layer = PackedLayer(*self.history.unpack(), self.residual) if self.history else PackedLayer(None, (), self.residual)
+        if query.is_cuda:
+            return ATTEND(query, layer, scaling)
+        # Kernels compute in float32 what would be rounded at each step of plain torch.
+        return attend_reference(query, layer, scaling, torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return dequantized keys and values, each [B, H, T, D], for attention that kernels do not do."""
