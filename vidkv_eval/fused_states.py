@@ -7,7 +7,7 @@ Quantizers decide every code, so that what is read is what `StoredStates` would 
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -243,8 +243,11 @@ def reads_fragments(recipe: Recipe, like: torch.Tensor) -> bool:
 
 @functools.cache
 def say_once(recipe: str, reason: str) -> None:
-    """Warn that a recipe runs without kernels; once in a process for each recipe and reason."""
-    warnings.warn(f"{recipe}: attention reads dequantized states instead of packed ones, because {reason}", stacklevel=2)
+    """Log a warning that a recipe runs without kernels; once in a process for each recipe and reason.
+
+    Not by `warnings`, which lmms-eval silences.
+    """
+    logging.getLogger(__name__).warning("%s: attention reads dequantized states instead of packed ones, because %s", recipe, reason)
 
 
 def _choices_of(stored: QuantizedStates) -> QuantizedStates:

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 )
 
 from vidkv_eval.cache import CacheOptions, Footprint, QuantizedCache, count_attention_layers
+from vidkv_eval.fused_states import FUSED, say_once
 from vidkv_eval.prompt import Prompt, watch
 from vidkv_eval.quant.base import QuantizedStates, impossible
 from vidkv_eval.recipe import BaseRecipe, RecipeError
@@ -309,6 +310,8 @@ class LibraryCache(Cache):
             ValueError: the model has layers that are not attention layers.
             RecipeError: the package that quantizes is not installed.
         """
+        if model.config.get_text_config(decoder=True)._attn_implementation == FUSED:
+            say_once(recipe.name, "the library returns them so")
         cache = cls(recipe, count_attention_layers(model), **options)
         watch(model)
         return cache
