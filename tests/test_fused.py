@@ -106,10 +106,26 @@ def test_a_step_is_attention_over_what_the_dense_cache_reads_back(name, storage_
         step, same = packed.update(*(tensor[:, :, start:stop] for tensor in states), 0)
         assert step is same if stop - start == 1 else not isinstance(step, PackedStep)
         if stop - start == 1:
+            poison_spare_room(step)
             query = torch.randn(1, 3 * HEADS, 1, WIDTH)
             found, _ = fused(module, query, step, step, None, 0.3)
             expected, _ = fused(module, query, keys, values, None, 0.3)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert step.history.keys.codes.shape[2] * 32 > step.history_length == 192, "the test needs a history with spare room"
+
+
+def poison_spare_room(step):
+    """Fill what lies behind residual and history with NaN, the largest code, or a place where no token is."""
+    for tensor in (step.residual.keys, step.residual.values):
+        tensor[:, :, step.residual_length :] = float("nan")
+    parts = [(step.history.keys, step.history_length, step.history.keys.codes.shape[2] * 32)]
+    parts += [(run, int(run.lengths[0]), run.entries) for run in step.history.values]
+    for part, held, room in parts:
+        for tensor, poison in ((part.codes, -1), (part.scale, float("nan")), (part.offset, float("nan"))):
+            if tensor is not None:
+                tensor[:, :, tensor.shape[2] * held // room :] = poison
+        if getattr(part, "tokens", None) is not None:
+            part.tokens[:, held:] = 1 << 30
 
 
 # Models
