@@ -5,6 +5,7 @@ import csv
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkv_eval.library_cache import LibraryCache
 from vidkv_eval.quant.affine import Affine
@@ -219,6 +220,30 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
     assert torch.equal(quantizer.dequantize(first, torch.float32), before)
     assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - static_bytes(later))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.nbytes = max(self.nbytes, tensor.nbytes)
+        return result
+
+
+@every_quantizer
+def test_no_intermediate_is_larger_than_keys_and_values_in_float32(name, side):
+    quantizer, states = quantizer_of(name, side), make_states(batch=8)
+    with LargestTensor() as largest:
+        stored = quantize(quantizer, states)
+        quantizer.dequantize(stored, states.dtype)
+    assert largest.nbytes <= 2 * states.numel() * 4
 
 
 @every_side
