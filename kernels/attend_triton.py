@@ -21,8 +21,6 @@ STEP = 128
 DENSE_TOKENS = 32
 # Programs of one launch, where the history is long enough: more than run at once on large GPUs.
 PROGRAMS = 1024
-# Registers of a thread on an NVIDIA GPU: a few values spill, and a quarter more programs run at once.
-REGISTERS = 200
 SPLITS_AT_ONCE = 64
 CHANNELS_AT_ONCE = 32
 LOG2_E = 1.4426950408889634
@@ -39,8 +37,7 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     block_heads = min(16, max(8, triton.next_power_of_2(per_head)))
     head_blocks = triton.cdiv(per_head, block_heads)
     mapped, constant = _map_query(query, layer.keys)
-    steps = [_divide(run.entries, batch * heads * head_blocks) for run in layer.values]
-    splits = [count * parts for count, parts in steps]
+    splits = [_split_count(run.entries, batch * heads * head_blocks) for run in layer.values]
     dense = [part for part in (layer.residual, layer.prefix) if part is not None]
     dense_splits = [triton.cdiv(part.keys.shape[2], DENSE_TOKENS) for part in dense]
     total = sum(splits) + sum(dense_splits)
@@ -61,8 +58,8 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     for part, count in zip(dense, dense_splits, strict=True):
         _launch_dense(query, part, sums, weights, place, count, shared)
         place += count
-    for run, count, (_, parts) in zip(layer.values, splits, steps, strict=True):
-        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, parts, shared, query.dtype)
+    for run, count in zip(layer.values, splits, strict=True):
+        _launch_history(mapped, constant, layer.keys, run, sums, weights, place, count, shared, query.dtype)
         place += count
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _merge_kernel[(batch * query_heads, triton.cdiv(width, CHANNELS_AT_ONCE))](
@@ -71,10 +68,8 @@ def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Ten
     return out
 
 
-def _divide(entries: int, rows: int) -> tuple[int, int]:
-    """Return over how many programs steps are divided, and over how many the tokens of a step."""
-    count = max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
-    return count, max(parts for parts in (1, 2, 4) if parts == 1 or count * rows * parts <= PROGRAMS)
+def _split_count(entries: int, rows: int) -> int:
+    return max(1, min(triton.cdiv(entries, STEP), triton.cdiv(PROGRAMS, rows)))
 
 
 def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,7 +120,6 @@ def _launch_history(
     weights: torch.Tensor,
     place: int,
     count: int,
-    parts: int,
     shared: dict,
     dtype: torch.dtype,
 ) -> None:
@@ -151,8 +145,7 @@ def _launch_history(
         # Without scales there are no groups, and the other form is the faster one.
         PER_TOKEN=values.granularity == "per_token" and scale is not None, HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
         VALUE_FLOAT8=values.scale_unit is not None, VALUE_OFFSET_FLOAT8=values.offset_unit is not None,
-        IS_GATHERED=values.tokens is not None, PARTS=parts, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16,
-        **shared, **({"maxnreg": REGISTERS} if torch.version.cuda else {}),
+        IS_GATHERED=values.tokens is not None, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16, **shared,
     )  # fmt: skip
 
 
@@ -347,7 +340,7 @@ def _history_kernel(
     LEVELS: tl.constexpr, IS_BYTES: tl.constexpr, MIDDLE: tl.constexpr, VALUE_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     VALUE_FLOAT8: tl.constexpr, VALUE_OFFSET_FLOAT8: tl.constexpr,
-    IS_GATHERED: tl.constexpr, PARTS: tl.constexpr, COMPUTE: tl.constexpr,
+    IS_GATHERED: tl.constexpr, COMPUTE: tl.constexpr,
     HEADS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -421,9 +414,8 @@ def _history_kernel(
     total = tl.zeros([BLOCK_HEADS], tl.float32)
     accumulator = tl.zeros([BLOCK_WIDTH, BLOCK_HEADS], tl.float32)
     steps = tl.cdiv(length, HALVES * HALF)
-    share = tl.cdiv(steps, tl.num_programs(0) // PARTS)
-    first_index = split % PARTS * (HALF // PARTS)
-    for step in range(split // PARTS * share, tl.minimum(split // PARTS * share + share, steps)):
+    share = tl.cdiv(steps, tl.num_programs(0))
+    for step in range(split * share, tl.minimum(split * share + share, steps)):
         half = step * HALVES + tl.arange(0, HALVES)
         is_half = half * HALF < length
         # Where the two halves of a block share words of 1 bit, the second one starts at bit 16.
@@ -466,7 +458,7 @@ def _history_kernel(
             value_offset = _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
-        for index in range(first_index, first_index + HALF // PARTS, AT_ONCE):
+        for index in range(0, HALF, AT_ONCE):
             entry = step * (HALVES * HALF) + first_entry + index
             is_held = entry < length
             scores = bias
@@ -517,7 +509,8 @@ def _history_kernel(
             new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
             fading = tl.exp2(maximum - new_maximum)
             maximum = new_maximum
-            weights = tl.where(is_held[:, None], tl.exp2(scores - maximum[None, :]), 0.0).to(COMPUTE)
+            # The first token of a step is held, so that the maximum is a score and LOWEST far below it.
+            weights = tl.exp2(scores - maximum[None, :]).to(COMPUTE)
             weight_sums = weight_sums * fading[None, :] + weights.to(tl.float32)
 
             inside = is_held[:, None] & in_width[None, :]
