@@ -1,11 +1,12 @@
 """Every recipe file builds and has the properties of a recipe; impossible recipes are refused with a message that helps."""
 
 import csv
+import importlib.util
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vidkv_eval.library_cache import LibraryCache
 from vidkv_eval.quant.affine import Affine
@@ -21,6 +22,11 @@ from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
 from vidkv_eval.report.published import PUBLISHED
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_quantize.py"
+SPEC = importlib.util.spec_from_file_location("bench_quantize", SCRIPT)
+bench_quantize = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench_quantize)
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
 SIDES = ("key", "value")
@@ -222,25 +228,10 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - static_bytes(later))
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remembers the bytes of the largest tensor that any operation returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.nbytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
-                self.nbytes = max(self.nbytes, tensor.nbytes)
-        return result
-
-
 @every_quantizer
 def test_no_intermediate_is_larger_than_keys_and_values_in_float32(name, side):
     quantizer, states = quantizer_of(name, side), make_states(batch=8)
-    with LargestTensor() as largest:
+    with bench_quantize.LargestTensor() as largest:
         stored = quantize(quantizer, states)
         quantizer.dequantize(stored, states.dtype)
     assert largest.nbytes <= 2 * states.numel() * 4
