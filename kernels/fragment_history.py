@@ -96,6 +96,13 @@ class FragmentHistory:
         others = (self.lengths, self.key_scale_max, self.value_scale_max, self.rotation_fragments, self.center)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None)
 
+    @property
+    def value_nbytes(self) -> int:
+        """The part of `nbytes` that values take."""
+        batch, heads = self.values.shape[:2]
+        records = -(-self.max_length // self.form.group_size)
+        return batch * heads * records * self.form.value_record_bytes + self.value_scale_max.nbytes
+
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens in each sequence, if there is less; what is held is copied."""
         records = -(-capacity // self.form.group_size)

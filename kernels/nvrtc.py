@@ -57,6 +57,16 @@ def compile_kernels(source: str, constants: Mapping[str, int], capability: tuple
     return code
 
 
+@functools.cache
+def is_available() -> bool:
+    """Whether the compiler can be called: `cuda-bindings` is installed and finds NVRTC."""
+    try:
+        _check(_bindings("nvrtc").nvrtcVersion(), "the version of NVRTC")
+    except (KernelError, RuntimeError):
+        return False
+    return True
+
+
 def load(code: bytes) -> Any:
     """Load machine code into the current CUDA context and return the module."""
     return _check(_bindings("driver").cuModuleLoadData(code), "loading a kernel")

@@ -48,6 +48,7 @@ def test_presentation_and_place_do_not_change_the_identity(cell, part, setting):
         ("recipe", {"residual_length": 64}),
         ("model", {"dtype": "bfloat16"}),
         ("model", {"frames": 8}),
+        ("model", {"attn_implementation": "fused"}),
         ("benchmark", {"max_new_tokens": 7}),
         ("benchmark", {"version": 2}),
         ("judge", {"version": "2"}),

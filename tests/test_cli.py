@@ -64,6 +64,12 @@ def test_a_value_of_the_wrong_type_is_answered_with_what_is_allowed(argument, al
     assert f"{argument} does not fit; allowed: {allowed}" in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("rest", [[], ["profile.cache.rows=null"], ["profile.cache.keep_dense=false"]], ids=str)
+def test_fused_attention_beside_dequantized_states_is_answered_with_what_it_goes_with(rest, small, capsys):
+    assert cli.main(["run", "model.attn_implementation=fused", *rest, *small]) == 2
+    assert "it goes with profile.cache.rows=null profile.cache.keep_dense=false" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "argument",
     ["fp16", "model={a", "~recipe", "recipe=fp16,kivi_k2_v2", "limit=${nothing}", "hydra.run=x", "model.pretrained=/nowhere"],

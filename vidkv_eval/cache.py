@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from vidkv_eval.fused_states import FUSED, SHORTEST, FusedStates, PackedStep, say_once, why_not_fused
 from vidkv_eval.prompt import Prompt, watch
-from vidkv_eval.quant.base import QuantizedStates
+from vidkv_eval.quant.base import QuantizedStates, Quantizer
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
 from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
@@ -76,6 +77,7 @@ class CacheOptions:
     storage_dtype: torch.dtype | None = None
     keep_dense: bool = False
     keep_newest: int = 0
+    fused: bool = False
 
     def __post_init__(self) -> None:
         if type(self.keep_newest) is not int or self.keep_newest < 0:
@@ -124,16 +126,27 @@ class SequenceGroup:
         room = self.recipe.residual_length + self.options.keep_newest
         prompt_tokens = self._count_leaving(new_states["key"].shape[2], is_first=True)
         for name, states in new_states.items():
-            quantizer, choice = getattr(self.recipe, name), None
-            if isinstance(quantizer, SplitTokens):
-                tokens = quantizer.choose_tokens(self._marks, prompt_tokens[name]).to(states.device)
-                choice = quantizer.choice(tokens.expand(states.shape[0], -1), states.shape[3])
+            quantizer = getattr(self.recipe, name)
+            choice = self._choose(quantizer, states, prompt_tokens[name])
             dtype = self.options.storage_dtype or states.dtype
             self.stored[name] = StoredStates(quantizer, room, states, dtype, self.options.keep_dense, choice)
 
+    def _choose(self, quantizer: Quantizer, states: torch.Tensor, prompt_tokens: int) -> QuantizedStates | None:
+        """Return what the quantizer takes as `like` with the first tokens, [B, H, T, D]: the tokens it is to choose, if it does."""
+        if not isinstance(quantizer, SplitTokens):
+            return None
+        tokens = quantizer.choose_tokens(self._marks, prompt_tokens).to(states.device)
+        return quantizer.choice(tokens.expand(states.shape[0], -1), states.shape[3])
+
+    @property
+    def residual_lengths(self) -> dict[str, int]:
+        """Number of tokens in full precision, of keys and of values; empty before the first tokens."""
+        return {name: stored.residual.shape[2] for name, stored in self.stored.items()}
+
     def _count_leaving(self, new_tokens: int, is_first: bool) -> dict[str, int]:
         """Return how many of the residual's and the new tokens leave full precision, for keys and for values."""
-        waiting = {name: new_tokens + (0 if is_first else self.stored[name].residual.shape[2]) for name in ("key", "value")}
+        held = {} if is_first else self.residual_lengths
+        waiting = {name: new_tokens + held.get(name, 0) for name in ("key", "value")}
         free = {name: max(0, count - self.options.keep_newest) for name, count in waiting.items()}
         if is_first:
             # The prompt leaves less than a block in the residual.
@@ -146,6 +159,14 @@ class SequenceGroup:
         # so that what is stored does not depend on how later tokens were divided over calls.
         rest = waiting["key"] - free["key"] + free["key"] % self.recipe.residual_length
         return {name: 0 if free["key"] < self.recipe.residual_length else count - rest for name, count in waiting.items()}
+
+    def read(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return what attention would see if the tokens `new_states`, [B, H, T, D] by name, came next."""
+        return {name: self.stored[name].read(states) for name, states in new_states.items()}
+
+    def quantized(self, name: str) -> QuantizedStates | None:
+        """Return the quantized history of keys or values (`name`); None if there is none, or it is packed for kernels."""
+        return self.stored[name].quantized if self.stored else None
 
     def score_drops(self) -> dict[int, ScoreDrop]:
         """Return by batch item what attention shall do about the chosen tokens of its keys."""
@@ -174,6 +195,67 @@ class SequenceGroup:
             stored.select_batch(torch.tensor(positions, dtype=torch.int64, device=stored.residual.device))
 
 
+class FusedGroup(SequenceGroup):
+    """All sequences of a batch, with history packed for attention kernels; `why_not_fused` has nothing against the recipe.
+
+    What a step leaves to be quantized is quantized before the next use, because attention has yet to see it in full precision.
+    """
+
+    def __init__(self, recipe: Recipe, rows: list[int], prompt: Prompt, options: CacheOptions):
+        super().__init__(recipe, rows, prompt, options)
+        self._states: FusedStates | None = None
+
+    def update(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | dict[str, PackedStep]:
+        """As in the base class; a step of one token returns a `PackedStep` in place of keys and of values."""
+        new_tokens = new_states["key"].shape[2]
+        states = self._settled
+        is_first = states is None or states.length == 0
+        leaving = self._count_leaving(new_tokens, is_first)["key"]
+        if is_first:
+            states = self._states = self._make_states(new_states, leaving)
+        elif new_tokens == 1 and states.length >= SHORTEST:
+            return dict.fromkeys(new_states, states.step(new_states, leaving))
+        seen = new_states if is_first else states.read(new_states)
+        states.append(new_states, leaving)
+        return seen
+
+    def _make_states(self, new_states: dict[str, torch.Tensor], prompt_tokens: int) -> FusedStates:
+        keys, values = new_states["key"], new_states["value"]
+        choice = self._choose(self.recipe.value, values, prompt_tokens)
+        room = self.recipe.residual_length + self.options.keep_newest
+        return FusedStates(self.recipe, room, keys, self.options.storage_dtype or keys.dtype, choice)
+
+    @property
+    def _settled(self) -> FusedStates | None:
+        if self._states is not None:
+            self._states.settle()
+        return self._states
+
+    @property
+    def residual_lengths(self) -> dict[str, int]:
+        return dict.fromkeys(("key", "value"), self._settled.residual_length) if self._states else {}
+
+    def read(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self._settled.read(new_states)
+
+    def quantized(self, name: str) -> None:
+        return None
+
+    def footprint(self) -> Footprint:
+        states = self._settled
+        if states is None:
+            return Footprint()
+        nbytes = states.nbytes()
+        return Footprint(nbytes["key"], nbytes["value"], states.elements, states.elements)
+
+    def crop(self, tokens: int) -> None:
+        self._settled.crop_residual(tokens)
+
+    def select(self, rows: list[int], positions: list[int]) -> None:
+        self.rows = rows
+        self._settled.select_batch(torch.tensor(positions, dtype=torch.int64))
+
+
 class QuantizedLayer(CacheLayerMixin):
     """Keys and values of one attention layer."""
 
@@ -191,7 +273,10 @@ class QuantizedLayer(CacheLayerMixin):
 
     @property
     def stored(self) -> dict[str, StoredStates]:
-        """Keys and values by these names, of a batch whose sequences are stored together (no padding, no choice of tokens)."""
+        """Keys and values by these names, of a batch whose sequences are stored together (no padding, no choice of tokens).
+
+        Empty if they are packed for attention kernels.
+        """
         (group,) = self.groups
         return group.stored
 
@@ -205,9 +290,23 @@ class QuantizedLayer(CacheLayerMixin):
             # Chosen tokens may differ in number from sequence to sequence.
             alike = row if self.recipe.chooses_tokens else prompt.row(row).padding
             members.setdefault(alike, []).append(row)
-        self.groups = [SequenceGroup(self.recipe, rows, prompt.row(rows[0]), self.options) for rows in members.values()]
+        group_class = FusedGroup if self._is_fused(key_states, value_states, prompt, len(members)) else SequenceGroup
+        self.groups = [group_class(self.recipe, rows, prompt.row(rows[0]), self.options) for rows in members.values()]
         self._tokens = 0
         self.is_initialized = True
+
+    def _is_fused(self, key_states: torch.Tensor, value_states: torch.Tensor, prompt: Prompt, groups: int) -> bool:
+        """Whether history is packed for attention kernels; where it was asked for and cannot be, say so once."""
+        if not self.options.fused:
+            return False
+        reason = why_not_fused(self.recipe, key_states, value_states)
+        if self.options.keep_dense:
+            reason = "keep_dense is set"
+        elif groups > 1 or any(prompt.padding):
+            reason = "the prompts of the batch are padded, or their chosen tokens differ"
+        if reason:
+            say_once(self.recipe.name, reason)
+        return reason is None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return what attention sees: what is stored so far, then the new tokens exactly.
@@ -220,7 +319,7 @@ class QuantizedLayer(CacheLayerMixin):
             value_states: [B, H, T, D].
         Returns:
             Keys and values, each [B, H, stored + T, D]; with a dense working copy, views that are good until the next call.
-            At padded positions they are zero, or as they came.
+            At padded positions they are zero, or as they came. With `fused`, a step of one token returns a `PackedStep` twice.
         Raises:
             ValueError: another number of sequences than before, or states that the recipe cannot quantize.
         """
@@ -273,13 +372,17 @@ class QuantizedLayer(CacheLayerMixin):
         new_states = {"key": key_states, "value": value_states}
         seen = self._make_whole(new_states)
         for group in self.groups:
-            for name, states in new_states.items():
-                self._put(seen[name], group, group.stored[name].read(states[group.rows]))
+            found = group.read({name: states[group.rows] for name, states in new_states.items()})
+            for name, states in found.items():
+                self._put(seen[name], group, states)
         return seen["key"], seen["value"]
 
     def quantized(self, name: str) -> list[QuantizedStates]:
-        """Return the quantized history of keys or values (`name`), for each group of sequences that are stored together."""
-        found = (group.stored[name].quantized for group in self.groups if group.stored)
+        """Return the quantized history of keys or values (`name`), for each group of sequences that are stored together.
+
+        A history that is packed for attention kernels is not in this form and left out.
+        """
+        found = (group.quantized(name) for group in self.groups)
         return [states for states in found if states is not None]
 
     def get_seq_length(self) -> int:
@@ -317,7 +420,7 @@ class QuantizedLayer(CacheLayerMixin):
             raise ValueError(f"crop takes the number of tokens to remove as a negative number, found {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        residual = min(stored.residual.shape[2] for group in self.groups for stored in group.stored.values())
+        residual = min(length for group in self.groups for length in group.residual_lengths.values())
         if -tokens_to_remove > residual:
             raise ValueError(
                 f"crop of {-tokens_to_remove} tokens, but only the newest {residual} are still in full precision and can be removed; "
@@ -367,6 +470,9 @@ class QuantizedCache(Cache):
             never counted as stored and never written back; generated text is the same.
         keep_newest: this many of the newest tokens always stay in full precision, so that they can be cropped. Assisted
             decoding needs as many as tokens are guessed at once.
+        fused: keep history packed, and let attention read it so in steps of one token, without dequantizing; needs a model whose
+            attention is `fused`. Where kernels do not read a recipe, or prompts are padded, that is said once and history is
+            kept and read as without.
 
     Attributes:
         prompt: description of the prompt, None if there was none.
@@ -380,11 +486,12 @@ class QuantizedCache(Cache):
         storage_dtype: torch.dtype | None = None,
         keep_dense: bool = False,
         keep_newest: int = 0,
+        fused: bool = False,
     ):
         if not isinstance(recipe, Recipe):
             raise ValueError(f"{recipe.name} is a recipe of another library's cache; make it with vidkv_eval.library_cache.make_cache")
         self.recipe = recipe
-        self.options = CacheOptions(storage_dtype, keep_dense, keep_newest)
+        self.options = CacheOptions(storage_dtype, keep_dense, keep_newest, fused)
         self.prompt: Prompt | None = None
         super().__init__(layers=[QuantizedLayer(recipe, index, self.options) for index in range(num_layers)])
 
@@ -392,11 +499,19 @@ class QuantizedCache(Cache):
     def for_model(cls, model: PreTrainedModel, recipe: Recipe, **options: Any) -> QuantizedCache:
         """Make a cache with a layer for each layer of the model's text decoder, and let it learn about its prompt.
 
+        The cache is `fused` if the model's attention is, unless the options say else.
+
         Raises:
             ValueError: the model has layers that are not attention layers, or its attention cannot do what the recipe asks for.
         """
         attention = model.config.get_text_config(decoder=True)._attn_implementation
-        if recipe.score_drop and attention != GROUPED:
+        options = {"fused": attention == FUSED, **options}
+        if options["fused"] and attention != FUSED:
+            raise ValueError(
+                f"a fused cache needs attention {FUSED!r}, and the model has {attention!r}; "
+                f"call vidkv_eval.attention.use_attention(model, {FUSED!r})"
+            )
+        if recipe.score_drop and attention not in (GROUPED, FUSED):
             raise ValueError(
                 f"{recipe.name} lowers attention scores, which attention {attention!r} does not do; "
                 f"set model.attn_implementation={GROUPED}, or call vidkv_eval.attention.use_attention(model, {GROUPED!r})"

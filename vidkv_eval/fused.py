@@ -1,6 +1,12 @@
-"""From what quantizers store to the form that attention kernels read, `vidkv_kernels.packed`. Codes and metadata stay the same."""
+"""From what quantizers store to the form that attention kernels read, `vidkv_kernels.packed`, and back to states.
+
+Codes and metadata stay the same.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
 
 import torch
 
@@ -14,7 +20,7 @@ from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.split_tokens import SplitTokens, split_positions
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_kernels.layouts import LAYOUTS
-from vidkv_kernels.packed import GROUP_SIZES, PackedKeys, PackedValues, Segment, pack_words
+from vidkv_kernels.packed import GROUP_SIZES, WORD, PackedKeys, PackedValues, Segment, pack_words
 from vidkv_kernels.quantize_keys import key_rotation, real_fourier
 
 SIGN_KINDS = {"zero_scale": "none", "plus_minus": "centred", "mean_plus_minus": "mean"}
@@ -71,18 +77,68 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     )
 
 
-def pack_values(quantizer: Quantizer, stored: QuantizedStates) -> tuple[PackedValues, ...]:
+def pack_values(quantizer: Quantizer, stored: QuantizedStates, start: int = 0) -> tuple[PackedValues, ...]:
     """Return stored values in the form that kernels read, as runs of tokens that are stored alike.
 
+    Args:
+        quantizer: that stored them.
+        stored: values of a whole history, or of tokens to be appended to one.
+        start: tokens of the history before them.
     Raises:
         NotPackable: the quantizer is none of Affine with 1 or 2 bits, Sign, Ternary, or SplitTokens of these, or has groups of a
             size other than 32, 64 or 128.
     """
     if not isinstance(quantizer, SplitTokens):
         return (_pack_run(quantizer, stored, None),)
-    chosen, others = split_positions(stored.static["tokens"], stored.length)
+    chosen = stored.static["tokens"]
+    if not chosen.shape[1]:
+        return (_pack_run(quantizer.other, stored.parts["other"], None),)
+    if start:
+        # None of them is chosen.
+        others = torch.arange(start, start + stored.length, dtype=torch.int32, device=chosen.device)
+        return (_pack_run(quantizer.other, stored.parts["other"], others.expand(chosen.shape[0], -1).contiguous()),)
+    chosen, others = split_positions(chosen, stored.length)
     runs = {"chosen": (quantizer.chosen, chosen), "other": (quantizer.other, others)}
     return tuple(_pack_run(runs[name][0], part, runs[name][1].int()) for name, part in stored.parts.items())
+
+
+def read_keys(keys: PackedKeys, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the first `length` keys as attention sees them, [B, H, length, D]; computed in float32, rounded once to `dtype`."""
+    states = keys.decode(torch.float32)[:, :, :length]
+    if keys.rotation is not None:
+        # The maps of quantizers are orthogonal.
+        states = states @ keys.rotation.transpose(-1, -2)
+    if keys.center is not None:
+        states = states + keys.center.unsqueeze(2)
+    return states.to(dtype)
+
+
+def read_values(values: tuple[PackedValues, ...], length: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the first `length` values, [B, H, length, D]; computed in float32, rounded once to `dtype`.
+
+    Runs may have room beyond what they hold; sequences hold equally many entries of each.
+    """
+    if len(values) == 1 and values[0].tokens is None:
+        return values[0].decode(torch.float32)[:, :, :length].to(dtype)
+    first = values[0].codes
+    states = torch.empty(*first.shape[:2], length, values[0].width, dtype=dtype, device=first.device)
+    for run in values:
+        held = int(run.lengths[0])
+        places = run.tokens[:, None, :held, None].long().expand(*first.shape[:2], -1, run.width)
+        states.scatter_(2, places, run.decode(torch.float32)[:, :, :held].to(dtype))
+    return states
+
+
+@functools.lru_cache
+def packed_form(key: Quantizer, value: Quantizer, channels: int) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
+    """Return one packed block of zeros, which shows the form in which these quantizers store heads of so many channels.
+
+    Raises:
+        NotPackable: kernels do not read what one of them stores.
+    """
+    zeros = torch.zeros(1, 1, math.lcm(key.block, value.block, WORD), channels)
+    parts = (value.chosen, value.other) if isinstance(value, SplitTokens) else (value,)
+    return pack_keys(key, key.quantize(zeros)), tuple(run for part in parts for run in pack_values(part, part.quantize(zeros)))
 
 
 def _pack_run(quantizer: Quantizer, stored: QuantizedStates, tokens: torch.Tensor | None) -> PackedValues:

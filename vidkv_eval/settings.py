@@ -77,6 +77,7 @@ def compose(arguments: Sequence[str]) -> dict:
             composed = hydra_compose("run", list(arguments)) if settings else defaults
             resolved = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
         check_types(flatten(OmegaConf.to_container(defaults, resolve=True)), flatten(resolved))
+        check_fused(resolved)
     return with_absolute_paths(resolved)
 
 
@@ -154,6 +155,16 @@ def check_types(defaults: dict, given: dict) -> None:
     for key, value in given.items():
         if key in defaults and not fits(key, value, defaults[key]):
             raise SettingsError(f"{key}={value} does not fit; allowed: {allowed(key, defaults[key])}")
+
+
+def check_fused(settings: dict) -> None:
+    """Refuse settings that keep dequantized states beside attention that is to read packed ones."""
+    cache = settings["profile"]["cache"]
+    if settings["model"]["attn_implementation"] == "fused" and (cache["rows"] is not None or cache["keep_dense"]):
+        raise SettingsError(
+            f"model.attn_implementation=fused with profile.cache.rows={cache['rows']} and keep_dense={cache['keep_dense']}; "
+            "it goes with profile.cache.rows=null profile.cache.keep_dense=false, because both need dequantized states"
+        )
 
 
 def fits(key: str, value: object, default: object) -> bool:

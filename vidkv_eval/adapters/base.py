@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from vidkv_eval.attention import GROUPED
+from vidkv_eval.attention import OURS
 from vidkv_eval.cache import QuantizedCache
 from vidkv_eval.inject import injected
 from vidkv_eval.library_cache import LibraryCache, make_cache
@@ -129,10 +129,10 @@ def with_names(function: types.FunctionType, **names: Any) -> types.FunctionType
 
 
 def stock_attention(name: str | None) -> dict[str, str]:
-    """Return the argument that makes a stock adapter load with this attention, or with the one that ours starts from."""
+    """Return the argument that makes a stock adapter load with this attention, or with the one that ours start from."""
     if name is None:
         return {}
-    return {"attn_implementation": "sdpa" if name == GROUPED else name}
+    return {"attn_implementation": "sdpa" if name in OURS else name}
 
 
 def named_dtype(name: str) -> torch.dtype:

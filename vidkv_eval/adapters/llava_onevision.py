@@ -8,7 +8,7 @@ from lmms_eval.models.chat.llava_hf import LlavaHf
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, stock_attention, with_names
-from vidkv_eval.attention import GROUPED, use_attention
+from vidkv_eval.attention import OURS, use_attention
 from vidkv_eval.frames import read_frames
 
 
@@ -41,7 +41,7 @@ class VidKVLlavaOnevision(VidKVAdapter, LlavaHf):
             revision: of the repository.
             dtype: of the weights.
             frames: read from each video, spread evenly.
-            attn_implementation: a name of Transformers, or `grouped_sdpa` (see `vidkv_eval.attention`); None: its default.
+            attn_implementation: a name of Transformers, or of `vidkv_eval.attention`: grouped_sdpa, fused; None: its default.
             device, device_map: where the model runs; the map defaults to the device.
             **stock: further arguments of `llava_hf`.
         """
@@ -52,8 +52,8 @@ class VidKVLlavaOnevision(VidKVAdapter, LlavaHf):
         load(self, pretrained, revision=revision, device=device, device_map=device_map or device, max_frames_num=frames, **stock)
         self._image_processor = OnceProcessor(VideoProcessor(self._image_processor, frames), self.once)
         self.use_recipe(recipe, storage_dtype, keep_dense)
-        if attn_implementation == GROUPED:
-            use_attention(self.model, GROUPED)
+        if attn_implementation in OURS:
+            use_attention(self.model, attn_implementation)
 
 
 class VideoProcessor:

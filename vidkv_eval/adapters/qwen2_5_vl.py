@@ -10,7 +10,7 @@ from qwen_vl_utils.vision_process import get_video_reader_backend
 from transformers import AutoProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from vidkv_eval.adapters.base import OnceProcessor, Settled, VidKVAdapter, named_dtype, stock_attention, with_names
-from vidkv_eval.attention import GROUPED, use_attention
+from vidkv_eval.attention import OURS, use_attention
 from vidkv_eval.frames import VideoUnreadable
 
 
@@ -43,7 +43,7 @@ class VidKVQwen25VL(VidKVAdapter, Qwen2_5_VL):
             revision: of the repository.
             dtype: of the weights.
             frames: read from each video, spread evenly, at most; an even number, because the model merges pairs.
-            attn_implementation: a name of Transformers, or `grouped_sdpa` (see `vidkv_eval.attention`); None: its default.
+            attn_implementation: a name of Transformers, or of `vidkv_eval.attention`: grouped_sdpa, fused; None: its default.
             device, device_map: where the model runs; the map defaults to the device.
             **stock: further arguments of `qwen2_5_vl`.
         """
@@ -59,8 +59,8 @@ class VidKVQwen25VL(VidKVAdapter, Qwen2_5_VL):
         load(self, pretrained, device=device, device_map=device_map or device, max_num_frames=frames, **stock)
         self.processor = OnceProcessor(self.processor, self.once)
         self.use_recipe(recipe, storage_dtype, keep_dense)
-        if attn_implementation == GROUPED:
-            use_attention(self.model, GROUPED)
+        if attn_implementation in OURS:
+            use_attention(self.model, attn_implementation)
         _demand_decord()
 
     def _loop_names(self) -> dict[str, Any]:
