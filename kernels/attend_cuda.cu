@@ -81,8 +81,16 @@ __device__ __forceinline__ u32 pack_brain(float low, float high) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
   return d;
 }
-__device__ __forceinline__ float half_low(u32 x) { float y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(y) : "r"(x)); return y; }
-__device__ __forceinline__ float half_high(u32 x) { float y; asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(y) : "r"(x)); return y; }
+__device__ __forceinline__ float half_low(u32 x) {
+  float y;
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l; }" : "=f"(y) : "r"(x));
+  return y;
+}
+__device__ __forceinline__ float half_high(u32 x) {
+  float y;
+  asm("{ .reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h; }" : "=f"(y) : "r"(x));
+  return y;
+}
 #if BRAIN
 __device__ __forceinline__ float input_low(u32 x) { return as_float(x << 16); }
 __device__ __forceinline__ float input_high(u32 x) { return as_float(x & 0xffff0000u); }
@@ -127,6 +135,7 @@ __device__ __forceinline__ float read_fresh(const float* p) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;
 }
+
 // Copies of one warp, one for keys and one for values in flight. With bulk copies each side has a barrier; without, each copy is a
 // group, and they alternate, so that all but the newest having arrived means that the one wanted has.
 struct Copies {
@@ -154,13 +163,15 @@ struct Copies {
                    "l"(from), "r"(bytes), "r"(b), "l"(read_once) : "memory");
     }
 #else
-    for (int i = lane * 16; i < bytes; i += 512) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+    for (int i = lane * 16; i < bytes; i += 512)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
   __device__ __forceinline__ void wait(int side) {
 #if BULK
-    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D: }" ::"r"(barrier + 8 * side), "r"(phase) : "memory");
+    asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D: }"
+                 ::"r"(barrier + 8 * side), "r"(phase) : "memory");
 #else
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
@@ -207,8 +218,12 @@ struct Part {  // tokens in full precision
   i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
 };
 
-__device__ __forceinline__ float middle(int channel) { return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f; }
-__device__ __forceinline__ int channel_of(int tile, int row_half, int g) { return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1); }
+__device__ __forceinline__ float middle(int channel) {
+  return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
+}
+__device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
+  return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1);
+}
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
@@ -268,8 +283,12 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   const u8* const value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
   Copies copies;
   copies.init(shared_address(after_slots) + warp * 16, lane);
-  auto start_keys = [&](int at) { copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane); };
-  auto start_values = [&](int at) { copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, min(RECORDS, count - at) * VALUE_RECORD, lane); };
+  auto start_keys = [&](int at) {
+    copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane);
+  };
+  auto start_values = [&](int at) {
+    copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, min(RECORDS, count - at) * VALUE_RECORD, lane);
+  };
   start_keys(0);
   start_values(0);
   __syncwarp();
@@ -436,9 +455,12 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   auto load_unit = [&](int unit) {
     const bool is_prefix = unit < prefix_units;
     const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
-    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token, value_token = is_prefix ? prefix.value_token : residual.value_token;
-    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head : residual.keys + batch * residual.key_batch + head * residual.key_head;
-    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head : residual.values + batch * residual.value_batch + head * residual.value_head;
+    const i64 key_token = is_prefix ? prefix.key_token : residual.key_token;
+    const i64 value_token = is_prefix ? prefix.value_token : residual.value_token;
+    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head
+        : residual.keys + batch * residual.key_batch + head * residual.key_head;
+    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head
+        : residual.values + batch * residual.value_batch + head * residual.value_head;
 #pragma unroll
     for (int rr = 0; rr < 2; rr++)
 #pragma unroll
@@ -579,7 +601,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #pragma unroll
             for (int j = 0; j < pairs; j++) words[j] = whole[j];
           }
-          if constexpr (NARROW_STEPS % 2) words[pairs] = __byte_perm(*reinterpret_cast<const u16*>(narrow + pairs * 128 + lane * 2), 0, 0x4140);
+          if constexpr (NARROW_STEPS % 2)
+            words[pairs] = __byte_perm(*reinterpret_cast<const u16*>(narrow + pairs * 128 + lane * 2), 0, 0x4140);
 #pragma unroll
           for (int j = 0; j < NARROW_STEPS; j++)
 #pragma unroll
@@ -592,7 +615,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
             }
         }
 #pragma unroll
-        for (int k = 0; k < 8; k++) s[i * CHUNKS + c][k >> 2][k & 3] = SUMS == 2 ? sums[0][k >> 2][k & 3] + sums[1][k >> 2][k & 3] : sums[0][k >> 2][k & 3];
+        for (int k = 0; k < 8; k++) {
+          const float one = sums[0][k >> 2][k & 3];
+          s[i * CHUNKS + c][k >> 2][k & 3] = SUMS == 2 ? one + sums[1][k >> 2][k & 3] : one;
+        }
       }
     }
     if constexpr (tail && N == 1) {
@@ -687,7 +713,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         sum[1] += own[1];
         u32 scale[TILES];
 #pragma unroll
-        for (int m = 0; m < TILES; m += 4) *reinterpret_cast<uint4*>(scale + m) = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + g * TILES * 4 + m * 4);
+        for (int m = 0; m < TILES; m += 4)
+          *reinterpret_cast<uint4*>(scale + m) = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + g * TILES * 4 + m * 4);
         constexpr float centre = -0.5f * VALUE_CENTRE * CODE_UNIT;
         const float start[4] = {own[0] * centre, own[1] * centre, own[0] * (16.f * centre), own[1] * (16.f * centre)};
         float d[TILES][4];

@@ -31,7 +31,11 @@ class Op:
     is_exact: bool
 
     def __call__(self, first: torch.Tensor, *others: Any) -> Any:
-        return (self.triton if first.is_cuda else self.reference)(first, *others)
+        if not first.is_cuda:
+            return self.reference(first, *others)
+        # Triton launches on the current device, whichever holds the tensors.
+        with torch.cuda.device(first.device):
+            return self.triton(first, *others)
 
     @property
     def triton(self) -> Callable[..., Any]:

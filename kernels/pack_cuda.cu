@@ -54,7 +54,8 @@ extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u
   if (record * 32 * CHUNKS >= counts[batch]) return;
   const i64 bh = (i64)batch * gridDim.y + blockIdx.y, group = bh * groups + record;
   u8* const out = records + (bh * capacity + starts[batch] / (32 * CHUNKS) + record) * KEY_RECORD;
-  const int row_words = segments.first_word[SEGMENTS - 1] + segments.bits[SEGMENTS - 1] * (segments.first_channel[SEGMENTS] - segments.first_channel[SEGMENTS - 1]);
+  const int last_channels = segments.first_channel[SEGMENTS] - segments.first_channel[SEGMENTS - 1];
+  const int row_words = segments.first_word[SEGMENTS - 1] + segments.bits[SEGMENTS - 1] * last_channels;
   constexpr int PAIRS = NARROW_STEPS / 2, WORDS = WIDE_STEPS + PAIRS + NARROW_STEPS % 2;
   for (int i = thread; i < CHUNKS * WORDS * 32; i += blockDim.x) {
     const int lane = i % 32, word = i / 32 % WORDS, chunk = i / (32 * WORDS), g = lane >> 2, t = lane & 3;
@@ -98,8 +99,8 @@ extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u
 }
 
 // `entries` is the room of the source, in tokens.
-extern "C" __global__ void pack_values(const u32* codes, const u16* scale, const u16* offset, i64 entries, const int* starts, const int* counts,
-                                       u8* records, i64 capacity, float* scale_max) {
+extern "C" __global__ void pack_values(const u32* codes, const u16* scale, const u16* offset, i64 entries, const int* starts,
+                                       const int* counts, u8* records, i64 capacity, float* scale_max) {
   const int record = blockIdx.x, batch = blockIdx.z, thread = threadIdx.x;
   if (record * 32 * CHUNKS >= counts[batch]) return;
   const i64 bh = (i64)batch * gridDim.y + blockIdx.y;

@@ -10,6 +10,8 @@ from vidkv_eval import torchvision_cpu
 # Triton reads this once, when it is imported: kernels then run on the CPU. Tests of a GPU switch it off.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 torchvision_cpu.install()
+# Tensors of tests are small: a second thread costs more than it brings, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def test_identity_recipe_equals_plain_generation_in_every_dtype(attention, dtype
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_dense_working_copy_changes_nothing(qwen2, name):
     input_ids = prompt()
     options = {"new_tokens": 2 * RESIDUAL + 20}  # flushes at steps 122 and 250
@@ -139,7 +139,7 @@ def test_dense_working_copy_changes_nothing(qwen2, name):
     assert dense.footprint() == plain.footprint()
 
 
-@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+@pytest.mark.parametrize("name", tiny.KINDS)
 @pytest.mark.parametrize("flush", ["append", "requantize"])
 def test_dense_working_copy_shows_the_same_states(name, flush):
     recipe = dataclasses.replace(load_recipe(name), flush=flush)
@@ -150,7 +150,7 @@ def test_dense_working_copy_shows_the_same_states(name, flush):
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_first_token_never_sees_quantization(qwen2, name):
     _, expected = generate(qwen2, prompt(), new_tokens=1)
     _, logits = generate(qwen2, prompt(), cache_for(qwen2, name), new_tokens=1)
@@ -474,7 +474,7 @@ def test_states_of_another_batch_size_are_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_every_recipe_generates_in_half_precision(name, dtype):
     model = tiny_model("qwen2", dtype=dtype)
     cache = cache_for(model, name)
@@ -554,7 +554,7 @@ def test_keep_newest_is_a_number_of_tokens(bad):
         one_layer_cache(keep_newest=bad)
 
 
-@pytest.mark.parametrize("name", tiny.QUANTIZER_RECIPES)
+@pytest.mark.parametrize("name", tiny.KINDS)
 def test_the_newest_tokens_stay_exact_through_every_flush(name):
     recipe, states = load_recipe(name), make_states(400, dtype=torch.float16)
     cache = one_layer_cache(name, keep_newest=9)
@@ -570,7 +570,7 @@ def test_the_newest_tokens_stay_exact_through_every_flush(name):
 # Nothing in full precision is read that is not stored
 
 
-@pytest.mark.parametrize("name", [name for name in tiny.QUANTIZER_RECIPES if name != FP16])
+@pytest.mark.parametrize("name", [name for name in tiny.KINDS if name != FP16])
 @pytest.mark.parametrize("keep_newest", [0, 5])
 def test_nothing_reads_full_precision_states_again_or_rooms_that_are_not_filled(name, keep_newest):
     states = make_states(500, dtype=torch.float16)

@@ -1,6 +1,8 @@
 """Every recipe file builds and has the properties of a recipe; impossible recipes are refused with a message that helps."""
 
 import csv
+import importlib.util
+from pathlib import Path
 
 import pytest
 import tiny
@@ -20,6 +22,11 @@ from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import RECIPE_FOLDER, Recipe, RecipeError, load_recipe, recipe_names
 from vidkv_eval.report.published import PUBLISHED
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_quantize.py"
+SPEC = importlib.util.spec_from_file_location("bench_quantize", SCRIPT)
+bench_quantize = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(bench_quantize)
 
 HEADS, LENGTH, WIDTH = 2, 128, 64
 SIDES = ("key", "value")
@@ -219,6 +226,15 @@ def test_appending_gives_both_parts_back_as_if_quantized_apart(name, side):
     assert torch.equal(quantizer.dequantize(both, torch.float32), expected)
     assert torch.equal(quantizer.dequantize(first, torch.float32), before)
     assert (both.length, both.nbytes) == (2 * LENGTH, first.nbytes + later.nbytes - static_bytes(later))
+
+
+@every_quantizer
+def test_no_intermediate_is_larger_than_keys_and_values_in_float32(name, side):
+    quantizer, states = quantizer_of(name, side), make_states(batch=8)
+    with bench_quantize.LargestTensor() as largest:
+        stored = quantize(quantizer, states)
+        quantizer.dequantize(stored, states.dtype)
+    assert largest.nbytes <= 2 * states.numel() * 4
 
 
 @every_side

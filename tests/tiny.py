@@ -30,6 +30,27 @@ FP16 = Recipe("fp16", "FP16", "", Identity(), Identity())
 LOW_BIT = Recipe("low_bit", "2 bit", "", Affine(2, "per_channel", 32), Affine(2, "per_token", 32))
 RECIPES = (FP16, LOW_BIT)
 QUANTIZER_RECIPES = [name for name in recipe_names() if isinstance(load_recipe(name), Recipe)]
+
+
+def _kinds() -> list[str]:
+    """Recipes that together have every kind of quantizer, for keys and for values, with every flush."""
+
+    def kind(config):
+        if isinstance(config, dict):
+            return tuple((name, kind(value)) for name, value in config.items() if name not in ("fraction", "select"))
+        return config
+
+    seen, chosen = set(), []
+    for name in QUANTIZER_RECIPES:
+        config = load_recipe(name).to_config()
+        kinds = {(side, config["flush"], kind(config[side])) for side in ("key", "value")}
+        if not kinds <= seen:
+            chosen.append(name)
+        seen |= kinds
+    return chosen
+
+
+KINDS = _kinds()
 LIBRARY_RECIPES = [name for name in recipe_names() if name not in QUANTIZER_RECIPES]
 
 FRAMES = 16

@@ -186,7 +186,9 @@ def _find_class(target: Any, path: str) -> type:
         raise RecipeError(f"{path}: _target_ is {target!r}; allowed: {allowed}")
     try:
         found = getattr(importlib.import_module(module_name), class_name, None)
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if not module_name.startswith(str(error.name)):
+            raise
         found = None
     if not (isinstance(found, type) and dataclasses.is_dataclass(found) and issubclass(found, Quantizer | TokenChooser | BaseRecipe)):
         raise RecipeError(f"{path}: _target_ is {target!r}, which is not part of a recipe; allowed: {allowed}")

@@ -64,6 +64,13 @@ def test_a_spectrum_gets_the_codes_of_the_reference_but_for_ties(gpu, dtype):
     torch.testing.assert_close(found.offset, expected.offset, rtol=2e-3, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_an_operation_runs_on_the_device_of_its_tensors(gpu):
+    query, layer, scaling = ATTEND.cases(torch.device("cuda", 1))["query groups of 7"]
+    plain, truth = (attend_reference(query, layer, scaling, dtype=side) for side in (None, torch.float64))
+    check_error(ATTEND(query, layer, scaling), plain, truth)
+
+
 def test_places_beyond_two_to_the_31_are_reached(gpu):
     # 2^31 elements of states: 2^31 / 128 / 4 tokens, of which the last 64 are quantized.
     tokens = 2**22 + 128

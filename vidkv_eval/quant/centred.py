@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vidkv_eval.quant.base import QuantizedStates, Quantizer, impossible
+from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class Centred(Quantizer):
+class Centred(Wrapper):
     """Quantizes what is left of each channel after subtracting its mean over the first tokens, and adds the mean when reading.
 
     The mean is kept, float16 [B, H, C], for tokens appended later. Quantizers without an offset, or with one stored in few
@@ -21,26 +22,6 @@ class Centred(Quantizer):
     """
 
     inner: Quantizer
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Quantizer):
-            raise impossible(self, "inner", self.inner, "a quantizer")
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
-
-    @property
-    def nominal_bits(self) -> float:
-        return self.inner.nominal_bits
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.inner.is_scaled
-
-    @property
-    def is_batch_independent(self) -> bool:
-        return self.inner.is_batch_independent
 
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
         states = states.float()

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vidkv_eval.quant.base import QuantizedStates, Quantizer, impossible
+from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class Hadamard(Quantizer):
+class Hadamard(Wrapper):
     """Quantizes states times the orthonormal Hadamard matrix of Sylvester's construction, which spreads wide channels over all.
 
     Source: arXiv:2404.00456 (QuaRot), for key and value caches. The number of channels must be a power of two.
@@ -20,26 +21,6 @@ class Hadamard(Quantizer):
     """
 
     inner: Quantizer
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Quantizer):
-            raise impossible(self, "inner", self.inner, "a quantizer")
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
-
-    @property
-    def nominal_bits(self) -> float:
-        return self.inner.nominal_bits
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.inner.is_scaled
-
-    @property
-    def is_batch_independent(self) -> bool:
-        return self.inner.is_batch_independent
 
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
         inner = self.inner.quantize(_transform(states.float()), like and like.parts["inner"])

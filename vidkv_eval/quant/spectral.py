@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vidkv_eval.quant.base import QuantizedStates, Quantizer, impossible
+from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class Spectral(Quantizer):
+class Spectral(Wrapper):
     """Quantizes the spectrum over channels instead of the channels.
 
     The spectrum of n real channels is Hermitian, so n real numbers carry all of it: the real parts of frequencies
@@ -30,22 +31,6 @@ class Spectral(Quantizer):
     """
 
     inner: Quantizer
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.inner, Quantizer):
-            raise impossible(self, "inner", self.inner, "a quantizer")
-
-    @property
-    def block(self) -> int:
-        return self.inner.block
-
-    @property
-    def nominal_bits(self) -> float:
-        return self.inner.nominal_bits
-
-    @property
-    def is_scaled(self) -> bool:
-        return self.inner.is_scaled
 
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
         real, imaginary = _transform(states.float())
