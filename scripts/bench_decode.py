@@ -17,6 +17,7 @@ import contextlib
 import csv
 import datetime
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,7 +204,7 @@ def write(rows: list[dict], folder: Path) -> None:
         "# Decode steps of a 7B model, measured",
         "",
         f"{gpu.name}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}; {STEPS} steps after {WARM_UP}. Made by "
-        "`python scripts/bench_decode.py results`.",
+        f"`python {' '.join(sys.argv)}`.",
         "",
         " ".join(__doc__.split("\n\n")[1].split()),
         "",

@@ -111,7 +111,7 @@ class SequenceGroup:
         is_first = not self.stored or self.stored["key"].length == 0
         if is_first:
             self._start(new_states)
-        seen = new_states if is_first else {name: self.stored[name].read(states) for name, states in new_states.items()}
+        seen = new_states if is_first else self.read(new_states)
         leaving = self._count_leaving(new_tokens, is_first)
         for name, states in new_states.items():
             try:

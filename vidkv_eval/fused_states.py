@@ -14,6 +14,7 @@ import torch
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values, packed_form, read_keys, read_values
 from vidkv_eval.quant.base import QuantizedStates
+from vidkv_eval.quant.growing import SPARE
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.attend import OP as ATTEND
@@ -27,11 +28,8 @@ FUSED = "fused"
 """Name of the attention function that reads a `PackedStep`; it is defined in `attention`."""
 
 SHORTEST = 0
-"""Tokens from which on a step reads packed states. The CUDA kernels were not slower than attention over full precision at any size
-measured, from 2,048 tokens on (H200, kernels/NOTES.md); should shorter histories prove slower, this is the number to raise."""
-
-SPARE = 8
-"""A buffer that is full is replaced by one with room for an eighth more."""
+"""Tokens from which on a step reads packed states; below, it dequantizes. The kernel alone is faster than full precision from 2,048 tokens
+on, the shortest length measured (results/kernels.md); dequantizing first is slower at every length measured."""
 
 
 class FusedStates:

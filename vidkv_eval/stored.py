@@ -62,11 +62,6 @@ class StoredStates:
         return (self.quantized.nbytes if self._history else 0) + self.residual.nbytes
 
     @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the buffers, spare room included; the dense working copy is not counted."""
-        return (self._history.allocated_bytes if self._history else 0) + self._residual_buffer.nbytes
-
-    @property
     def elements(self) -> int:
         """Number of elements that the stored tensors stand for."""
         batch, heads, _, channels = self.residual.shape

@@ -33,12 +33,6 @@ class GrowingStates:
             self._length, self._channels, tensors, self._static, {name: part.states for name, part in self._parts.items()}
         )
 
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes of the buffers, spare room included."""
-        own = sum(tensor.nbytes for tensor in (*self._buffers.values(), *self._static.values()))
-        return own + sum(part.allocated_bytes for part in self._parts.values())
-
     def append(self, new: QuantizedStates) -> None:
         """Write the stored form of further tokens behind what is stored; a part that `new` lacks stays as it is.
 
