@@ -19,6 +19,11 @@
 //   RECORDS, WARPS, MIN_BLOCKS   records a warp takes at a time, warps a block, blocks a multiprocessor
 //   BRAIN           query, residual and output are bfloat16
 //   MAPPED          scores are of the query times a matrix; CENTERED: and of the query times a constant vector besides
+//   PROTECTED       values of marked tokens lie in records of their own, 2-bit codes with scales and minima per channel
+//
+// Protected tokens: keys lie token after token, values in two runs of records, each token after token. A warp goes through keys and
+// sorts probabilities into two queues in shared memory, one for each run; as soon as a queue has what records need, they are read.
+// Runs are cut where the keys of a warp begin and end: entries of a record that belong to others count with probability 0.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -51,13 +56,20 @@ constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
-constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
+constexpr int CHOSEN_OFFSET_AT = CHUNKS * TILES * 128 + WIDTH * 2;
+constexpr int CHOSEN_RECORD = CHOSEN_OFFSET_AT + WIDTH * 2;
+constexpr int QUEUE = 2 * RECORDS * RECORD_TOKENS;  // entries that a queue has room for: less than a step takes are left when one adds its own
+constexpr int CHOSEN_AT = RECORDS * (KEY_RECORD + VALUE_RECORD);
+constexpr int QUEUES_AT = CHOSEN_AT + CHOSEN_RECORD;  // rows of 8 heads: other tokens, protected tokens, and one row for what is not held
+constexpr int SLOT = PROTECTED ? QUEUES_AT + (2 * QUEUE + 1) * 16 : CHOSEN_AT;
+constexpr int BARRIERS = PROTECTED ? 32 : 16;  // bytes of a warp
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
 constexpr float GROWTH = 8.f;
 constexpr float CODE_UNIT = 5.9604644775390625e-8f;  // 2^-24
 
 static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copied in pieces of 16 bytes");
+static_assert(!PROTECTED || (QUEUE & (QUEUE - 1)) == 0, "places in queues are taken modulo their size");
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ float as_float(u32 x) { return __uint_as_float(x); }
@@ -102,7 +114,7 @@ __device__ __forceinline__ float input_high(u32 x) { return half_high(x); }
 __device__ __forceinline__ u32 pack_input(float low, float high) { return pack_half(low, high); }
 constexpr u32 INPUT_ONES = 0x3c003c00u;
 #endif
-constexpr u32 HALF_1 = 0x3c003c00u, HALF_4 = 0x44004400u;
+constexpr u32 HALF_QUARTER = 0x34003400u, HALF_1 = 0x3c003c00u, HALF_4 = 0x44004400u;
 
 __device__ __forceinline__ void mma(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float (&c)[4]) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -137,19 +149,19 @@ __device__ __forceinline__ float read_fresh(const float* p) {
 }
 
 // Copies of one warp, one for keys and one for values in flight. With bulk copies each side has a barrier; without, each copy is a
-// group, and they alternate, so that all but the newest having arrived means that the one wanted has.
+// group, and they alternate, so that all but the newest having arrived means that the one wanted has. With protected tokens there are
+// three sides, which do not alternate.
 struct Copies {
   u32 barrier;
-  int phase;
   unsigned long long read_once;
   __device__ __forceinline__ void init(u32 at, int lane) {
     barrier = at;
-    phase = 0;
 #if BULK
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(read_once));
     if (lane == 0) {
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
       asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 8) : "memory");
+      if (PROTECTED) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + 16) : "memory");
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
 #endif
@@ -168,12 +180,12 @@ struct Copies {
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
-  __device__ __forceinline__ void wait(int side) {
+  __device__ __forceinline__ void wait(int side, int phase) {
 #if BULK
     asm volatile("{ .reg .pred p; L: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra D; bra L; D: }"
                  ::"r"(barrier + 8 * side), "r"(phase) : "memory");
 #else
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    asm volatile("cp.async.wait_group %0;" ::"n"(PROTECTED ? 0 : 1) : "memory");
     __syncwarp();
 #endif
   }
@@ -218,6 +230,13 @@ struct Part {  // tokens in full precision
   i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
 };
 
+struct Chosen {  // protected tokens
+  const u8* values;   // [B, H, capacity, CHOSEN_RECORD]
+  const u32* marks;   // [B, blocks], bit i: token i of a block of 32 is protected
+  const int* before;  // [B, blocks], protected tokens of the sequence in front of a block
+  i64 capacity, blocks;
+};
+
 __device__ __forceinline__ float middle(int channel) {
   return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
 }
@@ -231,7 +250,11 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
        const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
        const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix,
        float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
-       float exponent_scale) {
+       float exponent_scale
+#if PROTECTED
+       , Chosen chosen
+#endif
+) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
@@ -278,19 +301,39 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   u8* const key_slot = shared + warp * SLOT;
   u8* const value_slot = key_slot + RECORDS * KEY_RECORD;
   u8* const after_slots = shared + WARPS * SLOT;
-  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * 16);  // [OFFSET_PAIRS][32]
+  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_PAIRS][32]
   const u8* const key_run = keys + ((i64)bh * capacity + first) * KEY_RECORD;
-  const u8* const value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
+  const u8* value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
+  int value_count = count;
+#if PROTECTED
+  // The marks of 32 blocks of this warp, and how many protected tokens there are up to its first and its last block.
+  const int first_token = first * RECORD_TOKENS, last_token = min(first_token + count * RECORD_TOKENS, length);
+  const u32* const marks = chosen.marks + batch * chosen.blocks;
+  const int* const before = chosen.before + batch * chosen.blocks;
+  auto load_marks = [&](int block) { return marks[min(first * CHUNKS + block + lane, max(last_token - 1, 0) / 32)]; };
+  u32 marks_now = 0, marks_next = 0, last_marks = 0;
+  int chosen_first = 0, chosen_last = 0;
+  if (count > 0) {
+    const int last_block = (last_token - 1) / 32;
+    marks_now = load_marks(0);
+    chosen_first = before[first * CHUNKS];
+    chosen_last = before[last_block];
+    last_marks = marks[last_block] & ~0u >> 31 - (last_token - 1) % 32;
+    marks_next = load_marks(32);
+  }
+#endif
   Copies copies;
-  copies.init(shared_address(after_slots) + warp * 16, lane);
+  int key_phase = 0, value_phase = 0;
+  copies.init(shared_address(after_slots) + warp * BARRIERS, lane);
   auto start_keys = [&](int at) {
     copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane);
   };
   auto start_values = [&](int at) {
-    copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, min(RECORDS, count - at) * VALUE_RECORD, lane);
+    const int bytes = min(RECORDS, value_count - at) * VALUE_RECORD;
+    copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, bytes, lane);
   };
   start_keys(0);
-  start_values(0);
+  if (!PROTECTED) start_values(0);
   __syncwarp();
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
@@ -325,7 +368,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     const int e = exponent(largest(most), 0);
     shift_own = power(e);
     const float down = power(-e);
-    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * 16 + OFFSET_PAIRS * 512);
+    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_PAIRS * 512);
     for (int step = warp; step < KEY_STEPS; step += WARPS) {
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
@@ -412,6 +455,34 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   const u32 half_limit = (u32)((int)(bias + GROWTH) + 15) << 10;  // the running maximum is raised when it would grow by more than 2^GROWTH
   if (OFFSET_PAIRS > 0) __syncthreads();
 
+#if PROTECTED
+  // Entries of both runs that belong to the tokens of this warp. Their places in the queues count from the start of a record.
+  chosen_last += __popc(last_marks);
+  const int other_first = first_token - chosen_first, other_last = last_token - chosen_last;
+  int chosen_filled = chosen_first % RECORD_TOKENS, chosen_used = 0, other_filled = other_first % RECORD_TOKENS, other_used = 0;
+  const u8* const chosen_run = chosen.values + ((i64)bh * chosen.capacity + chosen_first / RECORD_TOKENS) * CHOSEN_RECORD;
+  value_run = values + ((i64)bh * capacity + other_first / RECORD_TOKENS) * VALUE_RECORD;
+  auto records_of = [](int entries, int filled) { return entries > 0 ? (filled + entries + RECORD_TOKENS - 1) / RECORD_TOKENS : 0; };
+  const int chosen_count = records_of(chosen_last - chosen_first, chosen_filled);
+  value_count = records_of(other_last - other_first, other_filled);
+  u8* const chosen_slot = key_slot + CHOSEN_AT;
+  const u32 queues = shared_address(key_slot) + QUEUES_AT;
+  int chosen_phase = 0;
+  auto start_chosen = [&](int at) {
+    const u8* const from = chosen_run + (i64)at * CHOSEN_RECORD;
+    copies.start(2, shared_address(chosen_slot), from, min(1, chosen_count - at) * CHOSEN_RECORD, lane);
+  };
+  start_values(0);
+  start_chosen(0);
+  // Sets the probabilities of entries `from` up to `to` to 0, in the queue that begins at row `queue`.
+  auto clear = [&](int queue, int from, int to) {
+    for (int entry = from + lane; entry < to; entry += 32)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(queues + (queue + (entry & (QUEUE - 1))) * 16), "r"(0) : "memory");
+  };
+  clear(0, 0, other_filled);
+  clear(QUEUE, 0, chosen_filled);
+#endif
+
   float acc[TILES][4];
 #pragma unroll
   for (int m = 0; m < TILES; m++) acc[m][0] = acc[m][1] = acc[m][2] = acc[m][3] = 0.f;
@@ -449,6 +520,53 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         for (int k = 0; k < 4; k++) base[m][k] *= k & 1 ? a1 : a0;
     }
   };
+
+#if PROTECTED
+  // Probabilities that wait, after the running maximum was raised.
+  auto rescale_queues = [&](float a0, float a1) {
+    __syncwarp();
+#pragma unroll 4
+    for (u32 at = queues + g * 16 + t * 4; at < queues + 2 * QUEUE * 16; at += 128) {
+      u32 two;
+      asm volatile("ld.shared.u32 %0, [%1];" : "=r"(two) : "r"(at) : "memory");
+      asm volatile("st.shared.u32 [%0], %1;" ::"r"(at), "r"(pack_half(half_low(two) * a0, half_high(two) * a1)) : "memory");
+    }
+    __syncwarp();
+  };
+  // Adds the values of a record of protected tokens, in the units of the others.
+  auto add_chosen = [&](const u8* record, const u32 (&b)[CHUNKS][2][2]) __attribute__((always_inline)) {
+    float own[4] = {0.f, 0.f, 0.f, 0.f};
+    float d[TILES][4];
+#pragma unroll
+    for (int m = 0; m < TILES; m++) d[m][0] = d[m][1] = d[m][2] = d[m][3] = 0.f;
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      mma(own, HALF_1, HALF_1, HALF_4, HALF_4, b[c][0][0], b[c][0][1], own);
+      mma(own, HALF_1, HALF_1, HALF_4, HALF_4, b[c][1][0], b[c][1][1], own);
+      u32 words[TILES];
+      load_words<TILES>(words, record + c * TILES * 128, lane);
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        const Fields<2> a(words[m], 0), a8(words[m] >> 8, 0);
+        mma(d[m], a.a0, a.a1, a.a2, a.a3, b[c][0][0], b[c][0][1], d[m]);
+        mma(d[m], a8.a0, a8.a1, a8.a2, a8.a3, b[c][1][0], b[c][1][1], d[m]);
+      }
+    }
+    full0 += own[0];
+    full1 += own[1];
+#pragma unroll
+    for (int m = 0; m < TILES; m++) {
+      const u32 scale = *reinterpret_cast<const u32*>(record + CHUNKS * TILES * 128 + (g * TILES + m) * 4);
+      const u32 minimum = *reinterpret_cast<const u32*>(record + CHOSEN_OFFSET_AT + (g * TILES + m) * 4);
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const float unit = CODE_UNIT * (k & 2 ? 16.f : 1.f), twice = VALUE_BITS == 1 && m & 1 ? 2.f : 1.f;
+        const float f = (k & 2 ? half_high(scale) : half_low(scale)) * twice, h = (k & 2 ? half_high(minimum) : half_low(minimum)) * twice;
+        acc[m][k] = fmaf(f, d[m][k], fmaf(h, own[k & 1] * unit, acc[m][k]));
+      }
+    }
+  };
+#endif
 
   // A unit of tokens in full precision, straight from memory: a lane takes 8 channels, in each 32, of rows g and g + 8.
   uint4 kr[2][WIDTH / 32], vr[2][WIDTH / 32];
@@ -530,11 +648,12 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   }
 
   // One step over `size` records that lie in the slots, from the one at `from` on. In the tail they have arrived, and nothing comes after.
-  auto step = [&](auto size, auto is_tail, int at, int from) __attribute__((always_inline)) {
+  // `use` gets its probabilities record by record, half precision, times a power of two: rows are tokens, columns heads.
+  auto step = [&](auto size, auto is_tail, int at, int from, auto use) __attribute__((always_inline)) {
     constexpr int N = decltype(size)::value;
     constexpr bool tail = decltype(is_tail)::value;
     constexpr int SUMS = N * CHUNKS <= 2 ? 2 : 1;
-    if constexpr (!tail) copies.wait(0);
+    if constexpr (!tail) copies.wait(0, key_phase);
     float offset0 = 0.f, offset1 = 0.f;  // of scores, the same for all tokens of record g
     if constexpr (OFFSET_PAIRS > 0) {
       // Rows are records. Registers 0 and 2 of a quad belong to rows g, 1 and 3 to rows g + 8; the halves that do not match are ignored.
@@ -635,6 +754,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     if constexpr (!tail) {
       __syncwarp();
       start_keys(at + N);
+      key_phase ^= 1;
     }
 
     offset0 = fmaf(offset0, one0, centre0);
@@ -657,11 +777,20 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         x0 = fmaxf(x0, fmaf(fmaxf(top[0], top[2] * 0.0625f), low0, o[i][0]));
         x1 = fmaxf(x1, fmaf(fmaxf(top[1], top[3] * 0.0625f), low1, o[i][1]));
       }
-      if (is_needed_anyway || __any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) raise(x0, x1);
+      if (is_needed_anyway || __any_sync(~0u, x0 > top0 + GROWTH || x1 > top1 + GROWTH)) {
+#if PROTECTED
+        const float was0 = top0, was1 = top1;
+        raise(x0, x1);
+        if (at > 0) rescale_queues(exp2_fast(was0 - top0), exp2_fast(was1 - top1));
+#else
+        raise(x0, x1);
+#endif
+      }
     };
     u32 probabilities[N * CHUNKS][2][2];
     auto weigh = [&](int i) {
-      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much.
+      // Rows g + 8 of scores are columns 8 and up of probabilities, whose fields are worth 4 times as much, unless queues reorder them.
+      constexpr float high_minus = PROTECTED ? 0.f : 2.f;
       const float minus0 = o[i][0] + (bias - top0), minus1 = o[i][1] + (bias - top1);
       u32 largest_half = 0;
 #pragma unroll
@@ -671,7 +800,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
           const float(&sc)[4] = s[i * CHUNKS + c][ks];
           u32(&p)[2] = probabilities[i * CHUNKS + c][ks];
           p[0] = pack_half(exp2_fast(fmaf(sc[0], low0, minus0)), exp2_fast(fmaf(sc[1], low1, minus1)));
-          p[1] = pack_half(exp2_fast(fmaf(sc[2], high0, minus0 - 2.f)), exp2_fast(fmaf(sc[3], high1, minus1 - 2.f)));
+          p[1] = pack_half(exp2_fast(fmaf(sc[2], high0, minus0 - high_minus)), exp2_fast(fmaf(sc[3], high1, minus1 - high_minus)));
           largest_half = larger(largest_half, larger(p[0], p[1]));
         }
       return largest_half;
@@ -691,20 +820,24 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     } else {
       raise_to_these(false);
     }
+    use(size, is_tail, at, from, [&](int i, int c, int ks, int rr) {
+      if (!guesses && c + ks + rr == 0) weigh(i);
+      return probabilities[i * CHUNKS + c][ks][rr];
+    });
+  };
 
-    if constexpr (!tail) copies.wait(1);
+  // Adds values of records that lie in the slot, from the one at `from` on, given their probabilities as operands of the matrix units.
+  auto add_values = [&](auto size, int from, auto operand) __attribute__((always_inline)) {
 #pragma unroll
-    for (int i = 0; i < N; i++) {
+    for (int i = 0; i < decltype(size)::value; i++) {
       const u8* record = value_slot + (from + i) * VALUE_RECORD;
-      if constexpr (!guesses) weigh(i);
       u32 b[CHUNKS][2][2];
+      operand(i, b);
       float own[4] = {0.f, 0.f, 0.f, 0.f};  // sum of the probabilities of this record, on every lane
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++)
 #pragma unroll
         for (int ks = 0; ks < 2; ks++) {
-          b[c][ks][0] = transpose(probabilities[i * CHUNKS + c][ks][0]);
-          b[c][ks][1] = transpose(probabilities[i * CHUNKS + c][ks][1]);
           if constexpr (VALUE_SCALE == 1) mma(own, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], own);
           else mma(sum, HALF_1, HALF_1, HALF_4, HALF_4, b[c][ks][0], b[c][ks][1], sum);
         }
@@ -797,40 +930,147 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         }
       }
     }
-    if constexpr (!tail) {
-      __syncwarp();
-      start_values(at + N);
-      copies.phase ^= 1;
-    }
   };
-  int at = 0;
   const int whole = cut ? count - 1 : count;
-  for (; at + RECORDS <= whole; at += RECORDS) step(Number<RECORDS>{}, Number<0>{}, at, 0);
-  if (at < count) {
-    copies.wait(0);
-    copies.wait(1);
-#if !BULK
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
-    __syncwarp();
-#endif
+  // What is left, less than a whole step or ending in a record that is not full; its copies have arrived.
+  auto step_through_rest = [&](int at, auto use) __attribute__((always_inline)) {
     int from = 0;
     if constexpr (RECORDS > 4) {
       if (at + 4 <= whole) {
-        step(Number<4>{}, Number<1>{}, at, from);
+        step(Number<4>{}, Number<1>{}, at, from, use);
         at += 4;
         from += 4;
       }
     }
     if constexpr (RECORDS > 2) {
       if (at + 2 <= whole) {
-        step(Number<2>{}, Number<1>{}, at, from);
+        step(Number<2>{}, Number<1>{}, at, from, use);
         at += 2;
         from += 2;
       }
     }
 #pragma unroll 1
-    for (; at < count; at++, from++) step(Number<1>{}, Number<1>{}, at, from);
+    for (; at < count; at++, from++) step(Number<1>{}, Number<1>{}, at, from, use);
+  };
+  int at = 0;
+#if PROTECTED
+  // Sorts the probabilities of a step into the queues: lane i finds the row of token i of a block.
+  auto enqueue = [&](auto size, auto is_tail, int at, int, auto probability) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++) {
+        u32 held = ~0u;
+        if constexpr (decltype(is_tail)::value && N == 1) {
+          const int left = last_token - first_token - at * RECORD_TOKENS - 32 * c;
+          held = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0u;
+        }
+        const u32 protected_ones = __shfl_sync(~0u, marks_now, ((at + i) * CHUNKS + c) & 31) & held;
+        const int rank = __popc(protected_ones & ((1u << lane) - 1));
+        int row = (other_filled + lane - rank) & (QUEUE - 1);
+        if (protected_ones >> lane & 1) row = QUEUE + ((chosen_filled + rank) & (QUEUE - 1));
+        if (!(held >> lane & 1)) row = 2 * QUEUE;
+        chosen_filled += __popc(protected_ones);
+        other_filled += __popc(held & ~protected_ones);
+#pragma unroll
+        for (int ks = 0; ks < 2; ks++)
+#pragma unroll
+          for (int rr = 0; rr < 2; rr++) {
+            const u32 to = queues + __shfl_sync(~0u, row, 16 * ks + 8 * rr + g) * 16 + t * 4;
+            asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(probability(i, c, ks, rr)) : "memory");
+          }
+      }
+  };
+  // Probabilities of a record, from row `row` of the queues on, as operands.
+  auto read_queue = [&](int row, u32 (&b)[CHUNKS][2][2]) {
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(b[c][0][0]), "=r"(b[c][0][1]), "=r"(b[c][1][0]), "=r"(b[c][1][1])
+                   : "r"(queues + (row + 32 * c + lane) * 16) : "memory");
+      b[c][0][1] = multiply(b[c][0][1], HALF_QUARTER);
+      b[c][1][1] = multiply(b[c][1][1], HALF_QUARTER);
+    }
+  };
+  auto read_others = [&](int i, u32 (&b)[CHUNKS][2][2]) { read_queue((other_used + i * RECORD_TOKENS) & (QUEUE - 1), b); };
+  __syncwarp();
+#pragma unroll 1
+  for (bool is_last = count == 0; !is_last;) {
+    if (at > 0 && at * CHUNKS % 32 == 0) {
+      marks_now = marks_next;
+      marks_next = load_marks(at * CHUNKS + 32);
+    }
+    is_last = at + RECORDS > whole;
+    if (!is_last) {
+      step(Number<RECORDS>{}, Number<0>{}, at, 0, enqueue);
+      at += RECORDS;
+      is_last = at == count;
+    } else {
+      copies.wait(0, key_phase);
+      step_through_rest(at, enqueue);
+    }
+    if (is_last) {
+      const int chosen_end = (chosen_filled + RECORD_TOKENS - 1) / RECORD_TOKENS * RECORD_TOKENS;
+      const int other_end = (other_filled + RECORD_TOKENS - 1) / RECORD_TOKENS * RECORD_TOKENS;
+      clear(QUEUE, chosen_filled, chosen_end);
+      clear(0, other_filled, other_end);
+      chosen_filled = chosen_end;
+      other_filled = other_end;
+    }
+    __syncwarp();
+    if (other_filled - other_used >= RECORDS * RECORD_TOKENS) {
+      copies.wait(1, value_phase);
+      add_values(Number<RECORDS>{}, 0, read_others);
+      __syncwarp();
+      other_used += RECORDS * RECORD_TOKENS;
+      start_values(other_used / RECORD_TOKENS);
+      value_phase ^= 1;
+    }
+#pragma unroll 1
+    for (; chosen_filled - chosen_used >= RECORD_TOKENS; chosen_used += RECORD_TOKENS) {
+      copies.wait(2, chosen_phase);
+      u32 b[CHUNKS][2][2];
+      read_queue(QUEUE + (chosen_used & (QUEUE - 1)), b);
+      add_chosen(chosen_slot, b);
+      __syncwarp();
+      start_chosen(chosen_used / RECORD_TOKENS + 1);
+      chosen_phase ^= 1;
+    }
   }
+  if (other_filled > other_used) {
+    copies.wait(1, value_phase);
+#pragma unroll 1
+    for (int from = 0; other_filled > other_used; from++, other_used += RECORD_TOKENS) add_values(Number<1>{}, from, read_others);
+  }
+#else
+  // Probabilities of the same tokens, in the same order.
+  auto add_at_once = [&](auto size, auto is_tail, int at, int from, auto probability) __attribute__((always_inline)) {
+    constexpr bool tail = decltype(is_tail)::value;
+    if constexpr (!tail) copies.wait(1, value_phase);
+    add_values(size, from, [&](int i, u32 (&b)[CHUNKS][2][2]) {
+#pragma unroll
+      for (int c = 0; c < CHUNKS; c++)
+#pragma unroll
+        for (int k = 0; k < 4; k++) b[c][k >> 1][k & 1] = transpose(probability(i, c, k >> 1, k & 1));
+    });
+    if constexpr (!tail) {
+      __syncwarp();
+      start_values(at + decltype(size)::value);
+      value_phase ^= 1;
+    }
+  };
+  for (; at + RECORDS <= whole; at += RECORDS) step(Number<RECORDS>{}, Number<0>{}, at, 0, add_at_once);
+  if (at < count) {
+    copies.wait(0, key_phase);
+    copies.wait(1, value_phase);
+#if !BULK
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncwarp();
+#endif
+    step_through_rest(at, add_at_once);
+  }
+#endif
 
   // Merge the warps of this block: output channel by channel for each head, in units of probability.
   __syncthreads();
