@@ -224,10 +224,16 @@ struct Number {
 };
 
 struct Part {  // tokens in full precision
-  const u16* keys;
-  const u16* values;
+  u16* keys;
+  u16* values;
   const int* lengths;
   i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
+};
+
+struct Fresh {  // one more token of each sequence, which is written behind the residual
+  const u16* keys;
+  const u16* values;
+  i64 key_batch, key_head, value_batch, value_head;
 };
 
 struct Chosen {  // protected tokens
@@ -248,13 +254,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
        const u16* __restrict__ query, const float* __restrict__ key_scale_max,
        const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
-       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix,
+       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix, Fresh fresh, Chosen chosen,
        float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
-       float exponent_scale
-#if PROTECTED
-       , Chosen chosen
-#endif
-) {
+       float exponent_scale) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
@@ -266,7 +268,15 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
   // Everything small is asked for before the first of it is needed.
   const int length = keys ? lengths[batch] : 0;
-  const int residual_length = residual.lengths[batch], prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
+  const int fresh_place = residual.lengths[batch], residual_length = fresh_place + (fresh.keys ? 1 : 0);
+  const int prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
+  // The fresh token is written behind the residual by one warp of its head; nobody reads it from there in this launch.
+  const bool writes_fresh = fresh.keys && split == 0 && warp == 0 && first_head == 0 && lane < WIDTH / 4;
+  const int piece = lane % (WIDTH / 8) * 8;
+  uint4 fresh_piece;
+  if (writes_fresh)
+    fresh_piece = *reinterpret_cast<const uint4*>(piece + (lane < WIDTH / 8 ? fresh.keys + batch * fresh.key_batch + head * fresh.key_head
+        : fresh.values + batch * fresh.value_batch + head * fresh.value_head));
   const float key_bound = keys ? key_scale_max[bh] : 1.f, value_bound = keys && VALUE_SCALE == 2 ? value_scale_max[bh] : 1.f;
   u32 words[TILES][2];
 #pragma unroll
@@ -334,6 +344,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   };
   start_keys(0);
   if (!PROTECTED) start_values(0);
+  if (writes_fresh)
+    *reinterpret_cast<uint4*>(piece + (lane < WIDTH / 8
+        ? residual.keys + batch * residual.key_batch + head * residual.key_head + fresh_place * residual.key_token
+        : residual.values + batch * residual.value_batch + head * residual.value_head + fresh_place * residual.value_token)) = fresh_piece;
   __syncwarp();
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
@@ -575,20 +589,25 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     const int at = (is_prefix ? unit : unit - prefix_units) * 16, left = (is_prefix ? prefix_length : residual_length) - at;
     const i64 key_token = is_prefix ? prefix.key_token : residual.key_token;
     const i64 value_token = is_prefix ? prefix.value_token : residual.value_token;
-    const u16* k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head
+    const u16* const k = is_prefix ? prefix.keys + batch * prefix.key_batch + head * prefix.key_head
         : residual.keys + batch * residual.key_batch + head * residual.key_head;
-    const u16* v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head
+    const u16* const v = is_prefix ? prefix.values + batch * prefix.value_batch + head * prefix.value_head
         : residual.values + batch * residual.value_batch + head * residual.value_head;
 #pragma unroll
-    for (int rr = 0; rr < 2; rr++)
+    for (int rr = 0; rr < 2; rr++) {
+      const int row = g + 8 * rr;
+      const bool is_fresh = fresh.keys && !is_prefix && at + row == fresh_place;
+      const u16* const row_k = is_fresh ? fresh.keys + batch * fresh.key_batch + head * fresh.key_head : k + (at + row) * key_token;
+      const u16* const row_v = is_fresh ? fresh.values + batch * fresh.value_batch + head * fresh.value_head : v + (at + row) * value_token;
 #pragma unroll
       for (int j = 0; j < WIDTH / 32; j++) {
         kr[rr][j] = vr[rr][j] = make_uint4(0, 0, 0, 0);
-        if (g + 8 * rr < left) {
-          kr[rr][j] = *reinterpret_cast<const uint4*>(k + (at + g + 8 * rr) * key_token + 8 * t + 32 * j);
-          vr[rr][j] = *reinterpret_cast<const uint4*>(v + (at + g + 8 * rr) * value_token + 8 * t + 32 * j);
+        if (row < left) {
+          kr[rr][j] = *reinterpret_cast<const uint4*>(row_k + 8 * t + 32 * j);
+          vr[rr][j] = *reinterpret_cast<const uint4*>(row_v + 8 * t + 32 * j);
         }
       }
+    }
   };
 
   // Tokens in full precision, 16 at a time. Channel order does not matter to scores; in the output it is `channel_of`, which is why

@@ -41,6 +41,14 @@ class Plan:
     splits: int
 
 
+class _Fresh(ctypes.Structure):
+    _fields_ = [
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        *((f"{tensor}_{axis}", ctypes.c_longlong) for tensor in ("key", "value") for axis in ("batch", "head")),
+    ]
+
+
 class _Part(ctypes.Structure):
     _fields_ = [
         ("keys", ctypes.c_void_p),
@@ -60,95 +68,143 @@ def attend(
 ) -> torch.Tensor:
     """Attend with one new token of each sequence; the contract is `attend.attend_reference`.
 
-    Nothing waits for the device: lengths are read there, and the grid follows from `history.max_length`. A captured CUDA graph stays
-    right while the lengths grow, as long as the buffers stay where they are.
+    Args and errors are those of `Attend` and of its call.
+    """
+    check_packed("query", query, (None,) * 4, DTYPES, residual.keys.device)
+    return Attend(history, residual, query.shape[1], scaling, prefix, plan)(query)
+
+
+class Attend:
+    """`attend` over buffers that stay where they are, looked at once; a call brings a query, and may bring a token.
+
+    Nothing waits for the device: lengths are read there, and the grid follows from the room of the history. A captured CUDA graph
+    of a call stays right while the lengths grow.
 
     Args:
-        query: [B, HQ, 1, D], float16 or bfloat16, contiguous; HQ a multiple of H. D is 64 or 128.
         history: packed keys and values, or None if there are none.
-        residual: newest tokens, dtype of the query; rows must start at multiples of 16 bytes.
+        residual: newest tokens, float16 or bfloat16; rows must start at multiples of 16 bytes. D is 64 or 128.
+        query_heads: HQ, a multiple of H.
         scaling: factor of the scores.
         prefix: oldest tokens in full precision, as residual.
         plan: how the work is cut; None: chosen from the sizes.
-    Returns:
-        [B, HQ, 1, D] in the dtype of the query; zeros for a sequence without tokens.
     Raises:
         ValueError: a tensor does not fit, by name.
         KernelError: no compiler, or a device older than compute capability 8.0.
     """
-    batch, heads, _, width = residual.keys.shape
-    device = query.device
-    check_packed("query", query, (batch, None, 1, width), DTYPES, device)
-    if width not in (64, 128):
-        raise ValueError(f"query has {width} channels; allowed: 64, 128")
-    if query.shape[1] % heads or not query.shape[1]:
-        raise ValueError(f"query has {query.shape[1]} heads; allowed: multiples of {heads}, the key/value heads")
-    if device.type != "cuda":
-        raise ValueError(f"query is on {device}; allowed: a CUDA device")
-    for name, part in (("residual", residual), ("prefix", prefix)):
-        if part is not None:
-            _check_part(name, part, (batch, heads, None, width), query)
-    if history is not None:
-        check("history.keys", history.keys, (batch, heads, None, history.form.key_record_bytes), torch.uint8, device)
-        if history.form.width != width:
-            raise ValueError(f"history has {history.form.width} channels; allowed: {width}, as the query")
-    form = history.form if history is not None else Form(width, (Segment(width, 2, "minimum"),))
-    ratio = query.shape[1] // heads
-    tiles = batch * heads * -(-ratio // HEADS_AT_ONCE)
-    if plan is None:
-        plan = _choose(form, tiles, history.max_length if history is not None else 0, device)
-    is_mapped = history is not None and history.rotation is not None
-    is_centered = history is not None and history.center is not None
-    kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, query.dtype == torch.bfloat16, is_mapped, is_centered, device)
-    with torch.cuda.device(device):
-        return _launch(kernels, query, history, residual, prefix, scaling, plan, ratio)
+
+    def __init__(
+        self,
+        history: FragmentHistory | None,
+        residual: FullPrecision,
+        query_heads: int,
+        scaling: float,
+        prefix: FullPrecision | None = None,
+        plan: Plan | None = None,
+    ):
+        batch, heads, _, width = residual.keys.shape
+        device, dtype = residual.keys.device, residual.keys.dtype
+        if device.type != "cuda":
+            raise ValueError(f"residual is on {device}; allowed: a CUDA device")
+        if width not in (64, 128):
+            raise ValueError(f"residual has {width} channels; allowed: 64, 128")
+        if query_heads < 1 or query_heads % heads:
+            raise ValueError(f"query has {query_heads} heads; allowed: multiples of {heads}, the key/value heads")
+        for name, part in (("residual", residual), ("prefix", prefix)):
+            if part is not None:
+                _check_part(name, part, (batch, heads, None, width), DTYPES if part is residual else (dtype,), device)
+        if history is not None:
+            check("history.keys", history.keys, (batch, heads, None, history.form.key_record_bytes), torch.uint8, device)
+            if history.form.width != width:
+                raise ValueError(f"history has {history.form.width} channels; allowed: {width}, as the residual")
+        form = history.form if history is not None else Form(width, (Segment(width, 2, "minimum"),))
+        ratio = query_heads // heads
+        head_blocks = -(-ratio // HEADS_AT_ONCE)
+        if plan is None:
+            plan = _choose(form, batch * heads * head_blocks, 0 if history is None else history.capacity, device)
+        is_mapped = history is not None and history.rotation is not None
+        is_centered = history is not None and history.center is not None
+        kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, dtype == torch.bfloat16, is_mapped, is_centered, device)
+        self.device = device
+        self._shape = torch.Size((batch, query_heads, 1, width))
+        self._fresh_shape = torch.Size((batch, heads, 1, width))
+        self._dtype = dtype
+        self._kept = (history, residual, prefix)  # whose memory the arguments point to
+        self._query, self._out, self._fresh = ctypes.c_void_p(), ctypes.c_void_p(), _Fresh()
+        self._splits = plan.splits if plan.splits > 1 else 0
+        self._partial, self._weights = ctypes.c_void_p(), ctypes.c_void_p()
+        packed = [None] * 7
+        if history is not None:
+            packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
+            packed += [history.rotation_fragments, history.center]
+        *_, rotation, center = packed
+        keys, values, lengths, key_bound, value_bound = map(nvrtc.pointer, packed[:5])
+        arguments = (
+            keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, self._query,
+            key_bound, value_bound, nvrtc.pointer(rotation), *_strides(rotation), nvrtc.pointer(center), *_strides(center),
+            _part(residual), _part(prefix), self._fresh, self._partial, self._weights, self._out, ctypes.c_int(heads), ctypes.c_int(ratio),
+            ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
+        )  # fmt: skip
+        grid = (plan.splits, heads * head_blocks, batch)
+        with torch.cuda.device(device):
+            self._launches = [nvrtc.Launch(kernels.attend, grid, 32 * plan.warps, kernels.shared_bytes, arguments)]
+            if plan.splits > 1:
+                arguments = (self._partial, self._weights, self._out, ctypes.c_int(plan.splits))
+                early = {"is_early": kernels.can_start_early}
+                self._launches.append(nvrtc.Launch(kernels.merge, (batch * query_heads, 1, 1), 4 * width, 0, arguments, **early))
+
+    def __call__(self, query: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [B, HQ, 1, D], contiguous, dtype of the residual.
+            new: keys and values, [B, H, 1, D], of one more token of each sequence. It is attended to, and written behind the residual,
+                which must have room for it; the lengths are left for the caller to raise.
+        Returns:
+            [B, HQ, 1, D] in the dtype of the query; zeros for a sequence without tokens.
+        """
+        if query.shape != self._shape or query.dtype != self._dtype or query.device != self.device or not query.is_contiguous():
+            check_packed("query", query, tuple(self._shape), self._dtype, self.device)
+        fresh = self._fresh
+        if new is None:
+            fresh.keys = None
+        else:
+            keys, values = new
+            for name, states in (("new keys", keys), ("new values", values)):
+                if states.shape != self._fresh_shape or states.dtype != self._dtype or states.device != self.device:
+                    check(name, states, tuple(self._fresh_shape), self._dtype, self.device)
+            fresh.key_batch, fresh.key_head, _, key_step = keys.stride()
+            fresh.value_batch, fresh.value_head, _, value_step = values.stride()
+            fresh.keys, fresh.values = keys.data_ptr(), values.data_ptr()
+            if key_step != 1 or value_step != 1 or (
+                fresh.keys | fresh.values | 2 * (fresh.key_batch | fresh.key_head | fresh.value_batch | fresh.value_head)
+            ) % 16:
+                raise ValueError(
+                    f"new keys and values have strides {keys.stride()}, {values.stride()}; rows must begin at multiples of 16 bytes"
+                )
+        out = torch.empty_like(query)
+        self._query.value, self._out.value = query.data_ptr(), out.data_ptr()
+        if self._splits:
+            rows, width = self._shape[0] * self._shape[1], self._shape[3]
+            partial = torch.empty(rows * self._splits * (width + 1), dtype=torch.float32, device=self.device)
+            self._partial.value = partial.data_ptr()
+            self._weights.value = self._partial.value + 4 * rows * self._splits * width
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if torch.cuda.current_device() == self.device.index:
+            for launch in self._launches:
+                launch(stream)
+        else:
+            with torch.cuda.device(self.device):
+                for launch in self._launches:
+                    launch(stream)
+        return out
 
 
-def _check_part(name: str, part: FullPrecision, shape: tuple, query: torch.Tensor) -> None:
+def _check_part(name: str, part: FullPrecision, shape: tuple, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     for side in ("keys", "values"):
         states = getattr(part, side)
-        check(f"{name}.{side}", states, shape, query.dtype, query.device)
+        check(f"{name}.{side}", states, shape, dtypes, device)
         if states.data_ptr() % 16 or any(stride % 8 for stride in states.stride()[:3]):
             raise ValueError(f"{name}.{side} has strides {states.stride()}; rows must begin at multiples of 16 bytes: use .contiguous()")
-
-
-def _launch(
-    kernels: _Kernels,
-    query: torch.Tensor,
-    history: FragmentHistory | None,
-    residual: FullPrecision,
-    prefix: FullPrecision | None,
-    scaling: float,
-    plan: Plan,
-    ratio: int,
-) -> torch.Tensor:
-    batch, query_heads, _, width = query.shape
-    heads = query_heads // ratio
-    rows = batch * query_heads
-    stream = torch.cuda.current_stream(query.device).cuda_stream
-    out = torch.empty_like(query)
-    partial = weights = None
-    if plan.splits > 1:
-        partial = torch.empty(rows, plan.splits, width, dtype=torch.float32, device=query.device)
-        weights = torch.empty(rows, plan.splits, dtype=torch.float32, device=query.device)
-    packed = [None] * 7
-    if history is not None:
-        packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
-        packed += [history.rotation_fragments, history.center]
-    *_, rotation, center = packed
-    keys, values, lengths, key_bound, value_bound = map(nvrtc.pointer, packed[:5])
-    arguments = (
-        keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, nvrtc.pointer(query),
-        key_bound, value_bound, nvrtc.pointer(rotation), *_strides(rotation), nvrtc.pointer(center), *_strides(center),
-        _part(residual), _part(prefix), nvrtc.pointer(partial), nvrtc.pointer(weights), nvrtc.pointer(out), ctypes.c_int(heads),
-        ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
-    )  # fmt: skip
-    grid = (plan.splits, heads * -(-ratio // HEADS_AT_ONCE), batch)
-    nvrtc.launch(kernels.attend, grid, 32 * plan.warps, kernels.shared_bytes, stream, arguments)
-    if plan.splits > 1:
-        arguments = (nvrtc.pointer(partial), nvrtc.pointer(weights), nvrtc.pointer(out), ctypes.c_int(plan.splits))
-        nvrtc.launch(kernels.merge, (rows, 1, 1), 4 * width, 0, stream, arguments, is_early=kernels.can_start_early)
-    return out
 
 
 @dataclass(frozen=True)
@@ -191,17 +247,17 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
 
 
 @functools.cache
-def _choose(form: Form, tiles: int, max_length: int, device: torch.device) -> Plan:
+def _choose(form: Form, tiles: int, room: int, device: torch.device) -> Plan:
     """Choose a plan: sizes were measured on an H200 (kernels/NOTES.md)."""
     properties = torch.cuda.get_device_properties(device)
-    blocks_each = tiles * max_length / 32 / properties.multi_processor_count
+    blocks_each = tiles * room / 32 / properties.multi_processor_count
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
     if form.is_value_offset_stored:
         warps = min(warps, 8)  # their products need registers
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2
-    splits = choose_splits(tiles, -(-max_length // form.group_size), warps, properties.multi_processor_count)
+    splits = choose_splits(tiles, -(-room // form.group_size), warps, properties.multi_processor_count)
     return Plan(chunks, warps, 1, splits)
 
 

@@ -149,7 +149,7 @@ def test_a_full_history_and_another_form_are_refused():
 def test_attention_needs_a_cuda_device():
     layer = make([96])
     history = FragmentHistory.from_packed(layer.keys, layer.values)
-    with pytest.raises(ValueError, match="query is on cpu"):
+    with pytest.raises(ValueError, match="residual is on cpu"):
         attend_cuda.attend(torch.zeros(1, 2, 1, 128, dtype=torch.float16), history, layer.residual, 1.0)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vidkv_kernels.attend import attend_reference
-from vidkv_kernels.attend_cuda import Plan, attend
+from vidkv_kernels.attend_cuda import Attend, Plan, attend
 from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
@@ -198,6 +198,26 @@ def test_a_captured_graph_follows_the_lengths():
         assert_close(out, query, layer, 0.1)
 
 
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("ratio", [7, 16])
+@pytest.mark.parametrize("history, residual", [([160, 64, 0], [0, 15, 127]), ([0, 0], [16, 31]), ([5000, 31], [40, 0])], ids=str)
+def test_a_new_token_is_attended_to_and_written_behind_the_residual(history, residual, dtype, width, ratio):
+    form = {"width": width, "segments": split(width, width // 2, *SCALED) if any(history) else None, "heads": 2}
+    query, layer = make(dtype, history, residual, 2 * ratio, **form)
+    packed = None if layer.keys is None else FragmentHistory.from_packed(layer.keys, layer.values)
+    # As a model gives them: a token's heads beside each other.
+    new = [torch.randn(len(history), 1, 2, width, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2)]
+    fast = Attend(packed, layer.residual, query.shape[1], width**-0.5)(query, tuple(new))
+    for row, length in enumerate(residual):
+        for buffer, token in zip((layer.residual.keys, layer.residual.values), new, strict=True):
+            assert torch.equal(buffer[row, :, length], token[row, :, 0])
+            assert buffer[row, :, length + 1 :].isnan().all()
+    layer.residual.lengths.add_(1)
+    assert_close(fast, query, layer)
+    assert torch.equal(fast, run(query, layer))
+
+
 def test_results_do_not_depend_on_the_run():
     query, layer = make(HALF, [4096, 100], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     first = run(query, layer)
@@ -284,8 +304,19 @@ def test_bad_tensors_are_refused_by_name():
     shifted = torch.zeros(1, 1, 8, 129, device=DEVICE, dtype=HALF)[..., 1:]
     with pytest.raises(ValueError, match="residual.keys has strides"):
         attend(query, history, FullPrecision(shifted, shifted, residual.lengths), 1.0)
-    with pytest.raises(ValueError, match="residual.keys is torch.bfloat16"):
+    with pytest.raises(ValueError, match="query is torch.float16; allowed: torch.bfloat16"):
         attend(query, history, FullPrecision(residual.keys.bfloat16(), residual.values.bfloat16(), residual.lengths), 1.0)
+    with pytest.raises(ValueError, match="residual.values is torch.bfloat16"):
+        attend(query, history, FullPrecision(residual.keys, residual.values.bfloat16(), residual.lengths), 1.0)
+    prepared, new = Attend(history, residual, 7, 1.0), torch.zeros(1, 1, 1, 128, device=DEVICE, dtype=HALF)
+    with pytest.raises(ValueError, match="query has shape"):
+        prepared(query[:, :3].contiguous())
+    with pytest.raises(ValueError, match="new values has shape"):
+        prepared(query, (new, new[..., :64]))
+    with pytest.raises(ValueError, match="new keys is torch.bfloat16"):
+        prepared(query, (new.bfloat16(), new))
+    with pytest.raises(ValueError, match="new keys and values have strides"):
+        prepared(query, (new, shifted[:, :, :1]))
     with pytest.raises(ValueError, match="call reserve first"):
         history.append(layer.keys, layer.values)
     _, other = make(HALF, [96], [3], 7, width=128, segments=split(128, 32, *SCALED))
