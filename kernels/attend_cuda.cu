@@ -470,15 +470,16 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   if (OFFSET_PAIRS > 0) __syncthreads();
 
 #if PROTECTED
-  // Entries of both runs that belong to the tokens of this warp. Their places in the queues count from the start of a record.
+  // Entries of both runs that belong to the tokens of this warp. Queues begin where the records of the first ones do.
   chosen_last += __popc(last_marks);
   const int other_first = first_token - chosen_first, other_last = last_token - chosen_last;
-  int chosen_filled = chosen_first % RECORD_TOKENS, chosen_used = 0, other_filled = other_first % RECORD_TOKENS, other_used = 0;
+  auto records_up_to = [](int entries) { return (entries + RECORD_TOKENS - 1) / RECORD_TOKENS; };
+  const int chosen_count = chosen_last > chosen_first ? records_up_to(chosen_last) - chosen_first / RECORD_TOKENS : 0;
+  value_count = other_last > other_first ? records_up_to(other_last) - other_first / RECORD_TOKENS : 0;
+  int chosen_filled = chosen_count > 0 ? chosen_first % RECORD_TOKENS : 0, chosen_used = 0;
+  int other_filled = value_count > 0 ? other_first % RECORD_TOKENS : 0, other_used = 0;
   const u8* const chosen_run = chosen.values + ((i64)bh * chosen.capacity + chosen_first / RECORD_TOKENS) * CHOSEN_RECORD;
   value_run = values + ((i64)bh * capacity + other_first / RECORD_TOKENS) * VALUE_RECORD;
-  auto records_of = [](int entries, int filled) { return entries > 0 ? (filled + entries + RECORD_TOKENS - 1) / RECORD_TOKENS : 0; };
-  const int chosen_count = records_of(chosen_last - chosen_first, chosen_filled);
-  value_count = records_of(other_last - other_first, other_filled);
   u8* const chosen_slot = key_slot + CHOSEN_AT;
   const u32 queues = shared_address(key_slot) + QUEUES_AT;
   int chosen_phase = 0;
@@ -1030,8 +1031,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       step_through_rest(at, enqueue);
     }
     if (is_last) {
-      const int chosen_end = (chosen_filled + RECORD_TOKENS - 1) / RECORD_TOKENS * RECORD_TOKENS;
-      const int other_end = (other_filled + RECORD_TOKENS - 1) / RECORD_TOKENS * RECORD_TOKENS;
+      const int chosen_end = records_up_to(chosen_filled) * RECORD_TOKENS, other_end = records_up_to(other_filled) * RECORD_TOKENS;
       clear(QUEUE, chosen_filled, chosen_end);
       clear(0, other_filled, other_end);
       chosen_filled = chosen_end;

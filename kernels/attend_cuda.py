@@ -49,6 +49,13 @@ class _Fresh(ctypes.Structure):
     ]
 
 
+class _Chosen(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("values", "marks", "before")),
+        *((name, ctypes.c_longlong) for name in ("capacity", "blocks")),
+    ]
+
+
 class _Part(ctypes.Structure):
     _fields_ = [
         ("keys", ctypes.c_void_p),
@@ -88,7 +95,7 @@ class Attend:
         prefix: oldest tokens in full precision, as residual.
         plan: how the work is cut; None: chosen from the sizes.
     Raises:
-        ValueError: a tensor does not fit, by name.
+        ValueError: a tensor does not fit, by name; in a call, also if the history has moved to other buffers.
         KernelError: no compiler, or a device older than compute capability 8.0.
     """
 
@@ -129,6 +136,7 @@ class Attend:
         self._fresh_shape = torch.Size((batch, heads, 1, width))
         self._dtype = dtype
         self._kept = (history, residual, prefix)  # whose memory the arguments point to
+        self._version = 0 if history is None else history.version
         self._query, self._out, self._fresh = ctypes.c_void_p(), ctypes.c_void_p(), _Fresh()
         self._splits = plan.splits if plan.splits > 1 else 0
         self._partial, self._weights = ctypes.c_void_p(), ctypes.c_void_p()
@@ -141,8 +149,8 @@ class Attend:
         arguments = (
             keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, self._query,
             key_bound, value_bound, nvrtc.pointer(rotation), *_strides(rotation), nvrtc.pointer(center), *_strides(center),
-            _part(residual), _part(prefix), self._fresh, self._partial, self._weights, self._out, ctypes.c_int(heads), ctypes.c_int(ratio),
-            ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
+            _part(residual), _part(prefix), self._fresh, _chosen(history), self._partial, self._weights, self._out, ctypes.c_int(heads),
+            ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
         )  # fmt: skip
         grid = (plan.splits, heads * head_blocks, batch)
         with torch.cuda.device(device):
@@ -162,6 +170,8 @@ class Attend:
         Returns:
             [B, HQ, 1, D] in the dtype of the query; zeros for a sequence without tokens.
         """
+        if self._kept[0] is not None and self._kept[0].version != self._version:
+            raise ValueError("history has moved to other buffers since this was made; make it again")
         if query.shape != self._shape or query.dtype != self._dtype or query.device != self.device or not query.is_contiguous():
             check_packed("query", query, tuple(self._shape), self._dtype, self.device)
         fresh = self._fresh
@@ -242,6 +252,9 @@ def _kernels(
 def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     records = max(1, chunks // form.chunks)
     slots = warps * (records * (form.key_record_bytes + form.value_record_bytes) + 16)
+    if form.is_protected:
+        rows = 2 * (2 * records * form.group_size) + 1  # of two queues of probabilities, 16 bytes each
+        slots += warps * (form.protected.value_record_bytes + 16 * rows + 16)
     mapped = 8 * (16 * form.key_steps + 4) * 4
     return max(slots + 512 * form.offset_pairs + mapped, warps * 8 * (form.width + 3) * 4)
 
@@ -254,6 +267,8 @@ def _choose(form: Form, tiles: int, room: int, device: torch.device) -> Plan:
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
     if form.is_value_offset_stored:
         warps = min(warps, 8)  # their products need registers
+    if form.is_protected:
+        warps = min(warps, 8)  # those of two kinds of values too
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2
@@ -283,6 +298,13 @@ def _strides(tensor: torch.Tensor | None) -> tuple[ctypes.c_longlong, ctypes.c_l
     if tensor is None:
         return ctypes.c_longlong(0), ctypes.c_longlong(0)
     return tuple(ctypes.c_longlong(tensor.stride(axis) if tensor.shape[axis] > 1 else 0) for axis in range(2))
+
+
+def _chosen(history: FragmentHistory | None) -> _Chosen:
+    if history is None or history.protected is None:
+        return _Chosen()
+    own = history.protected
+    return _Chosen(own.values.data_ptr(), own.marks.data_ptr(), own.before.data_ptr(), own.values.shape[2], own.marks.shape[1])
 
 
 def _part(part: FullPrecision | None) -> _Part:

@@ -17,7 +17,7 @@ The 16 channels of a fragment have the same width, so some 1-bit channels may li
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,7 @@ class Form:
         offset_kind: of values: minimum, mean, none or centred.
         granularity: of values: per_channel, or per_token in groups of 32 channels.
         is_scaled: whether values have scales; without, the scale is 1.
+        is_protected: whether some tokens have values of form `protected` instead.
     """
 
     width: int
@@ -53,6 +54,7 @@ class Form:
     offset_kind: str = "centred"
     granularity: str = "per_channel"
     is_scaled: bool = True
+    is_protected: bool = False
 
     def __post_init__(self) -> None:
         if self.width not in (64, 128):
@@ -66,12 +68,24 @@ class Form:
     def of(cls, keys: PackedKeys, values: tuple[PackedValues, ...]) -> Form:
         """Return the form of a packed history.
 
+        Args:
+            values: one run, token after token, or two.
         Raises:
-            UnsupportedForm: it has protected tokens, float8 metadata, or groups that differ between keys and values.
+            UnsupportedForm: it has float8 metadata, groups that differ between keys and values, or two runs none of which can be
+                that of protected tokens.
         """
-        if len(values) != 1 or values[0].tokens is not None:
-            raise UnsupportedForm("values in more than one run (protected tokens); the CUDA kernels read one run, token after token")
-        run = values[0]
+        if len(values) == 1 and values[0].tokens is not None:
+            raise UnsupportedForm("a single run of values that names its tokens: of what form the other run will be must be said")
+        forms = [cls._of_run(keys, run) for run in values]
+        if len(forms) == 1:
+            return forms[0]
+        protected = forms[0].protected
+        if protected not in forms:
+            raise UnsupportedForm(f"protected tokens in none of the forms {forms}; the CUDA kernels read {protected}")
+        return replace(forms[1 - forms.index(protected)], is_protected=True)
+
+    @classmethod
+    def _of_run(cls, keys: PackedKeys, run: PackedValues) -> Form:
         if keys.scale_unit is not None or run.scale_unit is not None or run.offset_unit is not None:
             raise UnsupportedForm("float8 metadata; the CUDA kernels read float16")
         has_metadata = run.scale is not None or run.offset is not None
@@ -80,6 +94,35 @@ class Form:
             raise UnsupportedForm(f"values {run.granularity} in groups of {run.group_size}; the CUDA kernels read {wanted} with these keys")
         granularity = run.granularity if has_metadata else "per_channel"
         return cls(run.width, keys.segments, keys.group_size, run.levels, run.offset_kind, granularity, run.scale is not None)
+
+    @property
+    def protected(self) -> Form:
+        """The form of protected tokens: 2 bits with a scale and a minimum per channel."""
+        return Form(self.width, self.segments, self.group_size, 4, "minimum")
+
+    def runs(self, keys: PackedKeys, values: tuple[PackedValues, ...]) -> tuple[PackedValues | None, PackedValues | None]:
+        """Return the runs of protected tokens and of all others; None where there is no such run.
+
+        Raises:
+            UnsupportedForm: the kernels do not read this form at all.
+            ValueError: they do, but it is not this one.
+        """
+        if not self.is_protected:
+            found = self.of(keys, values)
+            if found != self:
+                raise ValueError(f"appended tokens have form {found}; allowed: that of what is held, {self}")
+            return None, values[0]
+        found = [self._of_run(keys, run) for run in values]
+        protected, other = self.protected, replace(self, is_protected=False)
+        for forms, runs in (
+            ([protected, other], values),
+            ([other, protected], values[::-1]),
+            ([other], (None, *values)),
+            ([protected], (*values, None)),
+        ):
+            if found == forms:
+                return runs
+        raise ValueError(f"appended tokens have form {found}; allowed: those of what is held, {protected} and {other}")
 
     @property
     def channels(self) -> int:
@@ -176,6 +219,7 @@ class Form:
             "VALUE_CENTRE": self.value_centre,
             "VALUE_STORED": int(self.is_value_offset_stored),
             "VALUE_SCALE": 0 if not self.is_scaled else 2 if self.granularity == "per_token" else 1,
+            "PROTECTED": int(self.is_protected),
         }
 
 

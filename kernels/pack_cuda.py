@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -13,39 +13,48 @@ from vidkv_kernels import nvrtc
 from vidkv_kernels.fragments import Form
 from vidkv_kernels.packed import PackedKeys, PackedValues
 
-if TYPE_CHECKING:
-    from vidkv_kernels.fragment_history import FragmentHistory
-
 SOURCE = Path(__file__).with_name("pack_cuda.cu")
 THREADS = 128
 
 
-def append(history: FragmentHistory, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
-    """Write new tokens behind those that `history` holds; its lengths stay as they are.
+def write_keys(
+    form: Form, keys: PackedKeys, records: torch.Tensor, scale_max: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, tokens: int
+) -> None:
+    """Write new keys into records.
 
     Args:
-        tokens: how many of the source's tokens to look at; `run.lengths` says how many are there.
+        records: uint8 [B, H, capacity, key_record_bytes].
+        scale_max: float32 [B, H], raised to the largest scale.
+        starts: int32 [B], tokens in front of the new ones, in whole groups.
+        counts: int32 [B], new tokens.
+        tokens: how many of the source's tokens to look at, in whole groups.
     """
-    form = history.form
-    batch, heads, capacity = history.keys.shape[:3]
-    kernels = _kernels(form, history.device)
-    grid = (tokens // form.group_size, heads, batch)
-    if not grid[0]:
-        return
-    stream = torch.cuda.current_stream(history.device).cuda_stream
-    starts, counts = nvrtc.pointer(history.lengths), nvrtc.pointer(run.lengths)
-    key_arguments = (
+    arguments = (
         nvrtc.pointer(keys.codes), nvrtc.pointer(keys.scale), nvrtc.pointer(keys.offset), ctypes.c_longlong(keys.scale.shape[2]),
-        _segments(form), ctypes.c_int(form.stored_offsets), starts, counts, nvrtc.pointer(history.keys), ctypes.c_longlong(capacity),
-        nvrtc.pointer(history.key_scale_max),
+        _segments(form), ctypes.c_int(form.stored_offsets), nvrtc.pointer(starts), nvrtc.pointer(counts), nvrtc.pointer(records),
+        ctypes.c_longlong(records.shape[2]), nvrtc.pointer(scale_max),
     )  # fmt: skip
-    value_arguments = (
-        nvrtc.pointer(run.codes), nvrtc.pointer(run.scale), nvrtc.pointer(run.offset), ctypes.c_longlong(run.entries), starts, counts,
-        nvrtc.pointer(history.values), ctypes.c_longlong(capacity), nvrtc.pointer(history.value_scale_max),
+    _launch(_kernels(form, records.device)[0], form, records, tokens, arguments)
+
+
+def write_values(
+    form: Form, run: PackedValues, records: torch.Tensor, scale_max: torch.Tensor, starts: torch.Tensor, entries: int
+) -> None:
+    """Write the entries of a run into records; as `write_keys`, `run.lengths` being the counts."""
+    arguments = (
+        nvrtc.pointer(run.codes), nvrtc.pointer(run.scale), nvrtc.pointer(run.offset), ctypes.c_longlong(run.entries),
+        nvrtc.pointer(starts), nvrtc.pointer(run.lengths), nvrtc.pointer(records), ctypes.c_longlong(records.shape[2]),
+        nvrtc.pointer(scale_max),
     )  # fmt: skip
-    with torch.cuda.device(history.device):
-        nvrtc.Launch(kernels[0], grid, THREADS, 0, key_arguments)(stream)
-        nvrtc.Launch(kernels[1], grid, THREADS, 0, value_arguments)(stream)
+    _launch(_kernels(form, records.device)[1], form, records, entries, arguments)
+
+
+def _launch(kernel: Any, form: Form, records: torch.Tensor, tokens: int, arguments: tuple) -> None:
+    batch, heads = records.shape[:2]
+    grid = (tokens // form.group_size, heads, batch)
+    if grid[0]:
+        with torch.cuda.device(records.device):
+            nvrtc.Launch(kernel, grid, THREADS, 0, arguments)(torch.cuda.current_stream(records.device).cuda_stream)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """History in fragment order: what goes in comes out, bits lie where the layout says, appending is packing, and compiling is remembered."""
 
 import builtins
+import dataclasses
 import itertools
 
 import pytest
@@ -123,7 +124,7 @@ def test_scale_bounds_ignore_what_lies_beyond_the_lengths():
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ({"protected": [32]}, "protected tokens"),
+        ({"protected": [32], "group_size": 64, "values": ("per_token", 4, "minimum"), "metadata": torch.float8_e4m3fn}, "float8"),
         ({"metadata": torch.float8_e4m3fn}, "float8"),
         ({"width": 32, "keys": (Segment(32, 2, "minimum"),)}, "32 channels"),
     ],
@@ -132,6 +133,101 @@ def test_forms_that_the_kernels_do_not_read_are_refused(form, message):
     layer = make([96], **form)
     with pytest.raises(UnsupportedForm, match=message):
         FragmentHistory.from_packed(layer.keys, layer.values)
+
+
+@pytest.mark.parametrize("values", ["ternary", "unscaled", "per token", "min-max", "signs"])
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_protected_tokens_come_out_as_they_went_in(values, group_size):
+    layer = make([500, 130, 64], values=VALUES[values], protected=[137, 130, 0], group_size=group_size)
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    keys, runs = history.unpack()
+    lengths, counts = (500, 130, 64), (137, 130, 0)
+    assert [run.lengths.tolist() for run in runs] == [list(counts), [363, 0, 64]] and history.protected.held == list(counts)
+    for row in range(3):
+        own_keys = (part.decode(torch.float32)[row, :, : lengths[row]] for part in (keys, layer.keys))
+        assert torch.equal(*own_keys)
+        for found, given in zip(runs, layer.values, strict=True):
+            count = int(given.lengths[row])
+            assert torch.equal(found.tokens[row, :count], given.tokens[row, :count])
+            assert torch.equal(found.decode(torch.float32)[row, :, :count], given.decode(torch.float32)[row, :, :count])
+    assert history.select_batch(torch.tensor([2, 0])).unpack()[1][0].tokens[1, :137].tolist() == layer.values[0].tokens[0, :137].tolist()
+
+
+def test_a_bit_for_each_token_says_which_are_protected():
+    layer = make([70], protected=[0])
+    layer.values[0].lengths[0], layer.values[1].lengths[0] = 3, 67
+    layer.values[0].tokens[0, :3] = torch.tensor([0, 33, 69])
+    layer.values[1].tokens[0, :67] = torch.tensor([token for token in range(70) if token not in (0, 33, 69)])
+    protected = FragmentHistory.from_packed(layer.keys, layer.values).protected
+    assert protected.marks.tolist() == [[1, 2, 32]] and protected.before.tolist() == [[0, 1, 2]]
+
+
+def cut(layer, start, stop, counts, values):
+    """Keys of some blocks, and runs that hold what `values` says, `counts` tokens of each sequence in all."""
+    keys, blocks = layer.keys, slice(start // 32, stop // 32)
+    parts = {name: getattr(keys, name)[:, :, blocks].contiguous() for name in ("codes", "scale", "offset")}
+    assert sum(run.lengths for run in values).tolist() == counts
+    return dataclasses.replace(keys, **parts), values
+
+
+def others_from(run, start, counts, first):
+    """`counts` entries of a run in blocks from the one at entry `first` on, which belong to tokens from `start` on."""
+    blocks = slice(first // 32, first // 32 + max(counts) // 32)
+    parts = {name: getattr(run, name)[:, :, blocks].contiguous() for name in ("codes", "scale")}
+    tokens = (start + torch.arange(max(counts), dtype=torch.int32)).expand(len(counts), -1).contiguous()
+    return dataclasses.replace(run, lengths=torch.tensor(counts, dtype=torch.int32), tokens=tokens, **parts)
+
+
+def test_later_tokens_go_to_the_others_and_sequences_begin_in_turn():
+    layer = make([128, 128], protected=[32, 32])
+    first, later = layer.values
+    form = Form.of(layer.keys, layer.values)
+    assert form.is_protected and not form.protected.is_protected
+    grown = FragmentHistory(form, batch=2, heads=2, capacity=128, device="cpu", rotation=layer.keys.rotation)
+    none = torch.zeros(2, dtype=torch.int32)
+    whole = FragmentHistory.from_packed(layer.keys, layer.values)
+    for row in range(2):  # each with its prompt, the other getting nothing
+        own = torch.eye(2, dtype=torch.int32)[row]
+        runs = (dataclasses.replace(first, lengths=32 * own), dataclasses.replace(later, lengths=96 * own))
+        grown.append(*cut(layer, 0, 128, (128 * own).tolist(), runs[:: 1 - 2 * row]), max_length=128)
+    for name in ("values", "marks", "before", "lengths"):
+        assert torch.equal(getattr(grown.protected, name), getattr(whole.protected, name))
+    assert torch.equal(grown.values[:, :, :3], whole.values[:, :, :3]) and torch.equal(grown.lengths, none + 128)
+    version, held = grown.version, grown.nbytes
+    grown.reserve(192)
+    assert grown.version == version + 1
+    grown.append(*cut(layer, 64, 128, [64, 64], (others_from(later, 128, [64, 64], 0),)))
+    assert grown.lengths.tolist() == [192, 192] and grown.protected.held == [32, 32] and grown.version == version + 1
+    _, runs = grown.unpack()
+    assert torch.equal(runs[1].tokens[:, 96:160], torch.arange(128, 192, dtype=torch.int32).expand(2, -1))
+    assert torch.equal(runs[1].decode(torch.float32)[:, :, 96:160], later.decode(torch.float32)[:, :, :64])
+    assert torch.equal(runs[0].tokens[:, :32], first.tokens[:, :32])
+    # Two blocks of keys and values in each of two heads of two sequences, a mark and a count for each block.
+    assert grown.nbytes - held == 2 * 2 * 2 * (form.key_record_bytes + form.value_record_bytes) + 2 * 2 * 8
+
+
+def test_a_prompt_whose_tokens_are_all_protected_needs_to_be_told_the_form():
+    layer = make([64], protected=[64])
+    with pytest.raises(UnsupportedForm, match="of what form the other run will be"):
+        FragmentHistory.from_packed(layer.keys, layer.values[:1])
+    history = FragmentHistory.from_packed(layer.keys, layer.values[:1], form=Form.of(layer.keys, layer.values))
+    assert history.protected.marks.tolist() == [[-1, -1]] and history.protected.values.shape[2] == 2
+
+
+def test_protected_tokens_of_another_form_or_out_of_order_are_refused():
+    layer = make([96], protected=[32])
+    chosen, others = layer.values
+    with pytest.raises(UnsupportedForm, match="protected tokens in none of the forms"):
+        Form.of(layer.keys, (others, others))
+    chosen.tokens[0, :32] = chosen.tokens[0, :32].flip(0)
+    with pytest.raises(ValueError, match="not in ascending order"):
+        FragmentHistory.from_packed(layer.keys, layer.values)
+    chosen.tokens[0, :32] = torch.arange(70, 102)
+    with pytest.raises(ValueError, match="beyond the 96"):
+        FragmentHistory.from_packed(layer.keys, layer.values)
+    history = FragmentHistory.from_packed(layer.keys, layer.values[1:], form=Form.of(layer.keys, layer.values))
+    with pytest.raises(ValueError, match="appended tokens have form"):
+        history.append(layer.keys, make([96], values=VALUES["signs"]).values)
 
 
 def test_a_full_history_and_another_form_are_refused():

@@ -7,9 +7,10 @@ import torch
 
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.attend_cuda import Attend, Plan, attend
-from vidkv_kernels.fragment_history import FragmentHistory
+from vidkv_kernels.fragment_history import FragmentHistory, _write_keys, _write_values
 from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
+from vidkv_kernels.protected_values import ProtectedValues
 from vidkv_kernels.random_layer import random_layer
 
 pytestmark = pytest.mark.usefixtures("gpu", "poisoned_memory")
@@ -218,6 +219,124 @@ def test_a_new_token_is_attended_to_and_written_behind_the_residual(history, res
     assert torch.equal(fast, run(query, layer))
 
 
+# Protected tokens
+
+
+def make_protected(dtype, history, protected, query_heads=7, residual=None, values="ternary", width=128, kinds=SCALED, **form):
+    segments = split(width, width // 2, *kinds)
+    residual = [9] * len(history) if residual is None else residual
+    return make(dtype, history, residual, query_heads, protected=protected, values=VALUES[values], width=width, segments=segments, **form)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_protected_tokens_among_every_kind_of_values(values, width, dtype):
+    query, layer = make_protected(dtype, [700, 77, 0], [137, 64, 0], 14, [9, 40, 1], values, width, heads=2)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize(
+    "history, protected",
+    [
+        ([1, 1], [0, 1]), ([31, 32, 33], [1, 16, 32]), ([96, 96], [0, 0]), ([96, 500], [96, 500]), ([1000, 0, 64], [200, 0, 64]),
+        ([5000, 40, 5000], [1000, 8, 4999]), ([20000], [4000]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kinds, values", [(SCALED, "ternary"), (PUBLISHED, "unscaled")], ids=["scaled", "published"])
+def test_any_number_of_protected_tokens(history, protected, kinds, values):
+    query, layer = make_protected(HALF, history, protected, kinds=kinds, values=values)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("runs", [[(0, 300)], [(700, 1000)], [(10, 20), (100, 400), (401, 900)], [(k, k + 1) for k in range(31, 1000, 32)]])
+def test_protected_tokens_beside_each_other(runs):
+    query, layer = make_protected(HALF, [1000], [sum(stop - start for start, stop in runs)])
+    chosen = torch.cat([torch.arange(*pair) for pair in runs])
+    others = torch.tensor(sorted(set(range(1000)) - set(chosen.tolist())))
+    for part, tokens in zip(layer.values, (chosen, others), strict=True):
+        part.tokens[0, : len(tokens)] = tokens.to(DEVICE, torch.int32)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("values", ["ternary", "per token", "unscaled"])
+def test_protected_tokens_in_groups_of_every_size(group_size, values):
+    query, layer = make_protected(HALF, [1000, 129, 128], [300, 128, 1], values=values, group_size=group_size)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("ratio", [1, 7, 8, 9, 16])
+def test_protected_tokens_with_every_head_ratio(ratio):
+    query, layer = make_protected(BRAIN, [300, 64], [100, 2], 2 * ratio, [33, 150], heads=2, prefix=[4, 37])
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("chunks, warps, blocks", [(1, 4, 1), (1, 8, 2), (2, 8, 1), (4, 8, 1), (8, 4, 1)])
+@pytest.mark.parametrize("splits", [1, 2, 5, 33, 200])
+@pytest.mark.parametrize("kinds, values", [(SCALED, "ternary"), (PUBLISHED, "unscaled")], ids=["scaled", "published"])
+def test_every_plan_gives_the_same_with_protected_tokens(chunks, warps, blocks, splits, kinds, values):
+    query, layer = make_protected(HALF, [9000, 700], [1800, 350], residual=[100, 3], kinds=kinds, values=values)
+    assert_close(run(query, layer, plan=Plan(chunks, warps, blocks, splits)), query, layer)
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+@pytest.mark.parametrize("chunks", [1, 4])
+def test_a_maximum_that_rises_while_probabilities_of_protected_tokens_wait(splits, chunks):
+    query, layer = make_protected(HALF, [2048], [40], residual=[0])
+    rising = torch.linspace(0, 60, layer.keys.scale.shape[2], device=DEVICE)[:, None]
+    layer.keys.offset.copy_((query[0, 0, 0].float() @ layer.keys.rotation[0, 0] * rising / 20).half())
+    assert_close(run(query, layer, plan=Plan(chunks, 8, 1, splits)), query, layer)
+
+
+def test_a_captured_graph_follows_the_lengths_with_protected_tokens():
+    query, layer = make_protected(HALF, [1024, 512], [300, 31], residual=[16, 9])
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    held = [chosen.lengths.clone() for chosen in layer.values]
+    attend(query, history, layer.residual, 0.1)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attend(query, history, layer.residual, 0.1)
+    for lengths, residual in (([0, 31], [1, 7]), ([95, 96], [2, 0]), ([1000, 480], [16, 8]), ([1024, 512], [16, 9])):
+        history.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+        layer.residual.lengths.copy_(torch.tensor(residual, dtype=torch.int32))
+        for part, counts in zip(layer.values, held, strict=True):
+            is_held = torch.arange(part.entries, device=DEVICE) < counts[:, None]
+            part.lengths.copy_((is_held & (part.tokens < history.lengths[:, None])).sum(1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_close(out, query, layer, 0.1)
+
+
+def test_tokens_appended_later_stand_behind_protected_ones():
+    query, layer = make_protected(HALF, [256, 256], [64, 32])
+    history = FragmentHistory.from_packed(layer.keys, layer.values, capacity=384)
+    _, later = make_protected(HALF, [128, 128], None, residual=[1, 1])
+    later = replace(later.keys, rotation=layer.keys.rotation), later.values[0]
+    tokens = torch.arange(256, 384, device=DEVICE, dtype=torch.int32).expand(2, -1).contiguous()
+    ready = Attend(history, layer.residual, 7, 0.1)
+    history.append(later[0], (replace(later[1], tokens=tokens),))
+    whole = PackedLayer(*history.unpack(), layer.residual)
+    assert whole.values[0].lengths.tolist() == [64, 32] and whole.values[1].lengths.tolist() == [320, 352]
+    assert_close(ready(query), query, whole, 0.1)
+    history.reserve(512)
+    with pytest.raises(ValueError, match="history has moved"):
+        ready(query)
+    assert_close(attend(query, history, layer.residual, 0.1), query, whole, 0.1)
+
+
+def test_kernels_pack_protected_tokens_as_torch_does():
+    _, layer = make_protected(HALF, [384, 100], [100, 40], values="per token", heads=2)
+    fast = FragmentHistory.from_packed(layer.keys, layer.values).protected
+    plain = ProtectedValues(fast.form, 2, 2, 12, DEVICE)
+    plain.reserve(layer.values[0])
+    _write_values(fast.form, layer.values[0], plain.values, torch.zeros(2, 2, device=DEVICE), plain.lengths, 128)
+    for row, records in enumerate((4, 2)):
+        assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
+
+
 def test_results_do_not_depend_on_the_run():
     query, layer = make(HALF, [4096, 100], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     first = run(query, layer)
@@ -263,7 +382,9 @@ def test_kernels_pack_as_torch_does(values, wide, group_size):
     _, layer = make(HALF, [384, 100], [1, 1], 1, width=128, heads=2, segments=segments, values=VALUES[values], group_size=group_size)
     fast = FragmentHistory.from_packed(layer.keys, layer.values)
     plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, rotation=layer.keys.rotation)
-    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
+    starts, counts, run_ = plain.lengths, fast.lengths, layer.values[0]
+    _write_keys(fast.form, layer.keys, plain.keys, plain.key_scale_max, starts, counts, fast.capacity)
+    _write_values(fast.form, run_, plain.values, plain.value_scale_max, starts, fast.capacity)
     for row, length in enumerate((384, 100)):
         records = -(-length // group_size)
         assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
@@ -284,7 +405,7 @@ def test_more_than_2_to_the_31_bytes():
 
 @pytest.mark.parametrize(
     "form, message",
-    [({"protected": [32]}, "protected tokens"), ({"metadata": torch.float8_e4m3fn}, "float8"), ({"width": 32}, "32 channels")],
+    [({"metadata": torch.float8_e4m3fn}, "float8"), ({"width": 32}, "32 channels")],
 )
 def test_forms_that_are_not_read_are_refused(form, message):
     segments = split(form.get("width", 64), form.get("width", 64) // 2, *SCALED)
