@@ -195,7 +195,7 @@ def test_later_tokens_go_to_the_others_and_sequences_begin_in_turn():
     assert torch.equal(grown.values[:, :, :3], whole.values[:, :, :3]) and torch.equal(grown.lengths, none + 128)
     version, held = grown.version, grown.nbytes
     grown.reserve(192)
-    assert grown.version == version + 1
+    assert grown.version == version + 1 and grown.protected.before[:, 4:].eq(32).all() and grown.protected.marks[:, 4:].eq(0).all()
     grown.append(*cut(layer, 64, 128, [64, 64], (others_from(later, 128, [64, 64], 0),)))
     assert grown.lengths.tolist() == [192, 192] and grown.protected.held == [32, 32] and grown.version == version + 1
     _, runs = grown.unpack()
