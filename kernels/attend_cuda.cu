@@ -58,9 +58,12 @@ constexpr int TOKEN_GROUPS = WIDTH / 32;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
 constexpr int CHOSEN_OFFSET_AT = CHUNKS * TILES * 128 + WIDTH * 2;
 constexpr int CHOSEN_RECORD = CHOSEN_OFFSET_AT + WIDTH * 2;
-constexpr int QUEUE = 2 * RECORDS * RECORD_TOKENS;  // entries that a queue has room for: less than a step takes are left when one adds its own
-constexpr int CHOSEN_AT = RECORDS * (KEY_RECORD + VALUE_RECORD);
-constexpr int QUEUES_AT = CHOSEN_AT + CHOSEN_RECORD;  // rows of 8 heads: other tokens, protected tokens, and one row for what is not held
+constexpr int CHOSEN_RECORDS = 2;  // protected ones, taken at a time
+constexpr int VALUE_PLACES = RECORDS + PROTECTED;  // keys of RECORDS may need one record more, since its entries begin anywhere in one
+// Entries that a queue has room for: less than what is taken at a time are left when a step adds its own.
+constexpr int QUEUE = (RECORDS > 1 ? 2 * RECORDS : RECORDS + CHOSEN_RECORDS + 1) * RECORD_TOKENS;
+constexpr int CHOSEN_AT = RECORDS * KEY_RECORD + VALUE_PLACES * VALUE_RECORD;
+constexpr int QUEUES_AT = CHOSEN_AT + CHOSEN_RECORDS * CHOSEN_RECORD;  // rows of 8 heads: others, protected, and one for what is not held
 constexpr int SLOT = PROTECTED ? QUEUES_AT + (2 * QUEUE + 1) * 16 : CHOSEN_AT;
 constexpr int BARRIERS = PROTECTED ? 32 : 16;  // bytes of a warp
 constexpr float NEVER = -3e38f;
@@ -339,8 +342,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane);
   };
   auto start_values = [&](int at) {
-    const int bytes = min(RECORDS, value_count - at) * VALUE_RECORD;
-    copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, bytes, lane);
+    const int left = value_count - at, records = left <= VALUE_PLACES ? left : RECORDS;
+    copies.start(1, shared_address(value_slot), value_run + (i64)at * VALUE_RECORD, records * VALUE_RECORD, lane);
   };
   start_keys(0);
   if (!PROTECTED) start_values(0);
@@ -482,10 +485,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   value_run = values + ((i64)bh * capacity + other_first / RECORD_TOKENS) * VALUE_RECORD;
   u8* const chosen_slot = key_slot + CHOSEN_AT;
   const u32 queues = shared_address(key_slot) + QUEUES_AT;
-  int chosen_phase = 0;
+  int chosen_phase = 0, chosen_loaded = 0, other_loaded = 0;  // first entries in the slots
   auto start_chosen = [&](int at) {
     const u8* const from = chosen_run + (i64)at * CHOSEN_RECORD;
-    copies.start(2, shared_address(chosen_slot), from, min(1, chosen_count - at) * CHOSEN_RECORD, lane);
+    copies.start(2, shared_address(chosen_slot), from, min(CHOSEN_RECORDS, chosen_count - at) * CHOSEN_RECORD, lane);
   };
   start_values(0);
   start_chosen(0);
@@ -1002,18 +1005,34 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
           }
       }
   };
-  // Probabilities of a record, from row `row` of the queues on, as operands.
-  auto read_queue = [&](int row, u32 (&b)[CHUNKS][2][2]) {
+  // Probabilities of the record of an entry, from the queue that begins at row `queue`, as operands.
+  auto read_queue = [&](int queue, int entry, u32 (&b)[CHUNKS][2][2]) {
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(b[c][0][0]), "=r"(b[c][0][1]), "=r"(b[c][1][0]), "=r"(b[c][1][1])
-                   : "r"(queues + (row + 32 * c + lane) * 16) : "memory");
+                   : "r"(queues + (queue + (entry & (QUEUE - 1)) + 32 * c + lane) * 16) : "memory");
       b[c][0][1] = multiply(b[c][0][1], HALF_QUARTER);
       b[c][1][1] = multiply(b[c][1][1], HALF_QUARTER);
     }
   };
-  auto read_others = [&](int i, u32 (&b)[CHUNKS][2][2]) { read_queue((other_used + i * RECORD_TOKENS) & (QUEUE - 1), b); };
+  auto use_others = [&](auto size) __attribute__((always_inline)) {
+    copies.wait(1, value_phase);
+    add_values(size, (other_used - other_loaded) / RECORD_TOKENS, [&](int i, u32 (&b)[CHUNKS][2][2]) {
+      read_queue(0, other_used + i * RECORD_TOKENS, b);
+    });
+    other_used += decltype(size)::value * RECORD_TOKENS;
+  };
+  auto use_chosen = [&](auto size) __attribute__((always_inline)) {
+    constexpr int N = decltype(size)::value;
+    copies.wait(2, chosen_phase);
+    u32 b[N][CHUNKS][2][2];
+#pragma unroll
+    for (int i = 0; i < N; i++) read_queue(QUEUE, chosen_used + i * RECORD_TOKENS, b[i]);
+#pragma unroll
+    for (int i = 0; i < N; i++) add_chosen(chosen_slot + ((chosen_used - chosen_loaded) / RECORD_TOKENS + i) * CHOSEN_RECORD, b[i]);
+    chosen_used += N * RECORD_TOKENS;
+  };
   __syncwarp();
 #pragma unroll 1
   for (bool is_last = count == 0; !is_last;) {
@@ -1039,29 +1058,27 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
     __syncwarp();
     if (other_filled - other_used >= RECORDS * RECORD_TOKENS) {
-      copies.wait(1, value_phase);
-      add_values(Number<RECORDS>{}, 0, read_others);
-      __syncwarp();
-      other_used += RECORDS * RECORD_TOKENS;
-      start_values(other_used / RECORD_TOKENS);
-      value_phase ^= 1;
+      const bool is_rest_loaded = value_count - other_loaded / RECORD_TOKENS <= VALUE_PLACES;
+      use_others(Number<RECORDS>{});
+      if (!is_rest_loaded) {
+        __syncwarp();
+        start_values(other_used / RECORD_TOKENS);
+        other_loaded = other_used;
+        value_phase ^= 1;
+      }
     }
 #pragma unroll 1
-    for (; chosen_filled - chosen_used >= RECORD_TOKENS; chosen_used += RECORD_TOKENS) {
-      copies.wait(2, chosen_phase);
-      u32 b[CHUNKS][2][2];
-      read_queue(QUEUE + (chosen_used & (QUEUE - 1)), b);
-      add_chosen(chosen_slot, b);
+    while (chosen_filled - chosen_used >= CHOSEN_RECORDS * RECORD_TOKENS) {
+      use_chosen(Number<CHOSEN_RECORDS>{});
       __syncwarp();
-      start_chosen(chosen_used / RECORD_TOKENS + 1);
+      start_chosen(chosen_used / RECORD_TOKENS);
+      chosen_loaded = chosen_used;
       chosen_phase ^= 1;
     }
   }
-  if (other_filled > other_used) {
-    copies.wait(1, value_phase);
+  if (chosen_filled > chosen_used) use_chosen(Number<1>{});
 #pragma unroll 1
-    for (int from = 0; other_filled > other_used; from++, other_used += RECORD_TOKENS) add_values(Number<1>{}, from, read_others);
-  }
+  while (other_filled > other_used) use_others(Number<1>{});
 #else
   // Probabilities of the same tokens, in the same order.
   auto add_at_once = [&](auto size, auto is_tail, int at, int from, auto probability) __attribute__((always_inline)) {

@@ -253,8 +253,8 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     records = max(1, chunks // form.chunks)
     slots = warps * (records * (form.key_record_bytes + form.value_record_bytes) + 16)
     if form.is_protected:
-        rows = 2 * (2 * records * form.group_size) + 1  # of two queues of probabilities, 16 bytes each
-        slots += warps * (form.protected.value_record_bytes + 16 * rows + 16)
+        rows = 2 * max(2 * records, 4) * form.group_size + 1  # of two queues of probabilities, 16 bytes each
+        slots += warps * (form.value_record_bytes + 2 * form.protected.value_record_bytes + 16 * rows + 16)
     mapped = 8 * (16 * form.key_steps + 4) * 4
     return max(slots + 512 * form.offset_pairs + mapped, warps * 8 * (form.width + 3) * 4)
 

@@ -229,8 +229,7 @@ def make_protected(dtype, history, protected, query_heads=7, residual=None, valu
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("dtype, width", [(HALF, 64), (HALF, 128), (BRAIN, 128)], ids=str)
 def test_protected_tokens_among_every_kind_of_values(values, width, dtype):
     query, layer = make_protected(dtype, [700, 77, 0], [137, 64, 0], 14, [9, 40, 1], values, width, heads=2)
     assert_close(run(query, layer), query, layer)
