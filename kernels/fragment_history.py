@@ -10,6 +10,8 @@ while the buffers have room. `reserve` gives them more, by copying, and must sta
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vidkv_kernels import pack_cuda
@@ -25,7 +27,7 @@ class FragmentHistory:
         keys: uint8 [B, H, capacity / S, key_record_bytes].
         values: uint8 [B, H, capacity / S, value_record_bytes].
         lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
-        max_length: an upper bound of `lengths` known without asking the device.
+        held: upper bounds of `lengths`, known without asking the device: exactly these, unless sequences grew by an unknown number.
         key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
         rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
         rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
@@ -55,7 +57,7 @@ class FragmentHistory:
         self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
         self.values = torch.empty(batch, heads, records, form.value_record_bytes, dtype=torch.uint8, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.max_length = 0
+        self.held = [0] * batch
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
         self.rotation = rotation
@@ -72,11 +74,20 @@ class FragmentHistory:
             UnsupportedForm: the kernels do not read this form.
         """
         form = Form.of(keys, values)
-        batch, heads = keys.codes.shape[:2]
-        room = max(_room(form, keys, values[0]), capacity)
-        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, rotation=keys.rotation, center=keys.center)
+        history = cls.like(keys, values, max(_room(form, keys, values[0]), capacity))
         history.append(keys, values)
         return history
+
+    @classmethod
+    def like(cls, keys: PackedKeys, values: tuple[PackedValues, ...], capacity: int) -> FragmentHistory:
+        """Make an empty history of the form of packed tokens, with their map of the query.
+
+        Raises:
+            UnsupportedForm: the kernels do not read this form.
+        """
+        batch, heads = keys.codes.shape[:2]
+        form = Form.of(keys, values)
+        return cls(form, batch=batch, heads=heads, capacity=capacity, device=keys.device, rotation=keys.rotation, center=keys.center)
 
     @property
     def capacity(self) -> int:
@@ -88,20 +99,25 @@ class FragmentHistory:
         return self.keys.device
 
     @property
+    def max_length(self) -> int:
+        """An upper bound of the tokens of any sequence."""
+        return max(self.held)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of what is held: records of `max_length` tokens, rotation and center; not the spare room of the buffers."""
-        batch, heads = self.keys.shape[:2]
-        record = self.form.key_record_bytes + self.form.value_record_bytes
-        own = batch * heads * -(-self.max_length // self.form.group_size) * record
-        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.rotation_fragments, self.center)
-        return own + sum(tensor.nbytes for tensor in others if tensor is not None)
+        """Bytes of what is held: records, rotation and center; not the spare room of the buffers."""
+        others = (self.lengths, self.key_scale_max, self.rotation_fragments, self.center)
+        return self._records * self.form.key_record_bytes + self.value_nbytes + sum(t.nbytes for t in others if t is not None)
 
     @property
     def value_nbytes(self) -> int:
         """The part of `nbytes` that values take."""
-        batch, heads = self.values.shape[:2]
-        records = -(-self.max_length // self.form.group_size)
-        return batch * heads * records * self.form.value_record_bytes + self.value_scale_max.nbytes
+        return self._records * self.form.value_record_bytes + self.value_scale_max.nbytes
+
+    @property
+    def _records(self) -> int:
+        """Number of records held by all heads of all sequences."""
+        return self.keys.shape[1] * sum(-(-length // self.form.group_size) for length in self.held)
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens in each sequence, if there is less; what is held is copied."""
@@ -114,14 +130,17 @@ class FragmentHistory:
             grown[:, :, : old.shape[2]] = old
             setattr(self, name, grown)
 
-    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...], max_length: int | None = None) -> None:
+    def append(
+        self, keys: PackedKeys, values: tuple[PackedValues, ...], held: Sequence[int] | None = None, begun: Sequence[int] = ()
+    ) -> None:
         """Append tokens in place, behind what each sequence holds, which must be whole groups.
 
         Args:
             keys, values: the new tokens in the portable layout, as quantizers make them; `values[0].lengths` says how many tokens
                 each sequence takes, zero for none.
-            max_length: upper bound of the lengths afterwards, for a caller who knows a smaller one than `self.max_length` and the
-                source's tokens together: sequences that grow in turn. Not checked, since lengths are on the device.
+            held: tokens of each sequence afterwards, for a caller who knows them; otherwise each is taken to get all that the source
+                has room for. Not checked, since lengths are on the device.
+            begun: sequences that get their first tokens, and their map of the query with them.
         Raises:
             UnsupportedForm: the kernels do not read this form.
             ValueError: another form than what is held, or the buffers are full: call `reserve` first.
@@ -134,16 +153,19 @@ class FragmentHistory:
         check("keys.codes", keys.codes, (batch, heads, None, None), torch.int32, self.device)
         check("values.codes", run.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
         tokens = _room(self.form, keys, run)
-        if max_length is None:
-            max_length = self.max_length + tokens
-        if max_length > self.capacity:
-            raise ValueError(f"{max_length} tokens do not fit into {self.capacity}; call reserve first")
+        held = [length + tokens for length in self.held] if held is None else list(held)
+        if max(held) > self.capacity:
+            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        if begun and self.rotation is not None and self.rotation.shape[0] > 1:
+            begun = list(begun)
+            self.rotation[begun] = keys.rotation[begun]
+            self.rotation_fragments[begun] = pack_rotation(self.form, keys.rotation[begun])
         if self.device.type == "cuda" and not run.is_bytes:
             pack_cuda.append(self, keys, run, tokens)
         else:
             self._append_plain(keys, run, tokens)
         self.lengths += run.lengths
-        self.max_length = max_length
+        self.held = held
 
     def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
         """What `pack_cuda.append` does, in torch."""
@@ -196,7 +218,7 @@ class FragmentHistory:
         )
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
-        chosen.max_length = self.max_length
+        chosen.held = [self.held[index] for index in indices.tolist()]
         return chosen
 
 

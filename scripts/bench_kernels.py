@@ -215,7 +215,7 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
 
     def into_fragments() -> None:
         history.lengths.zero_()
-        history.max_length = 0
+        history.held = [0]
         history.append(keys, (values,))
 
     order_of_first = choose_channels.OP(states[0][0], span, 64)

@@ -103,7 +103,7 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
             run.scale[:, :, blocks].contiguous(),
         )  # fmt: skip
         grown.reserve(longest := start + 32)
-        grown.append(part, (values,), max_length=longest)
+        grown.append(part, (values,), held=[longest, longest])
     assert grown.lengths.tolist() == [128, 64] and grown.max_length == 128 == grown.capacity
     for row, records in enumerate((4, 2)):
         assert torch.equal(grown.keys[row, :, :records], whole.keys[row, :, :records])

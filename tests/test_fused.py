@@ -111,15 +111,17 @@ def test_a_step_is_attention_over_what_the_dense_cache_reads_back(name, storage_
             found, _ = fused(module, query, step, step, None, 0.3)
             expected, _ = fused(module, query, keys, values, None, 0.3)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert step.history.keys.codes.shape[2] * 32 > step.history_length == 192, "the test needs a history with spare room"
+    history = step.states.history
+    assert history.keys.codes.shape[2] * 32 > history.max_length == 192, "the test needs a history with spare room"
 
 
 def poison_spare_room(step):
     """Fill what lies behind residual and history with NaN, the largest code, or a place where no token is."""
-    for tensor in (step.residual.keys, step.residual.values):
-        tensor[:, :, step.residual_length :] = float("nan")
-    parts = [(step.history.keys, step.history_length, step.history.keys.codes.shape[2] * 32)]
-    parts += [(run, int(run.lengths[0]), run.entries) for run in step.history.values]
+    history = step.states.history
+    for tensor in step.states._buffers.values():
+        tensor[:, :, step.states.residual_length :] = float("nan")
+    parts = [(history.keys, history.max_length, history.keys.codes.shape[2] * 32)]
+    parts += [(run, int(run.lengths[0]), run.entries) for run in history.values]
     for part, held, room in parts:
         for tensor, poison in ((part.codes, -1), (part.scale, float("nan")), (part.offset, float("nan"))):
             if tensor is not None:
@@ -173,8 +175,9 @@ def test_in_half_precision_a_step_errs_no_more_than_attention_over_dequantized_s
 
 def step_in_float32(step, query):
     """What the step means, without rounding of states or sums to half precision."""
-    keys, values = step.history.unpack()
-    residual = dataclasses.replace(step.residual, keys=step.residual.keys.float(), values=step.residual.values.float())
+    keys, values = step.states.history.unpack()
+    residual = step.states.residual()
+    residual = dataclasses.replace(residual, keys=residual.keys.float(), values=residual.values.float())
     return attend_reference(query.float(), PackedLayer(keys, values, residual), 0.3).transpose(1, 2)
 
 
@@ -224,6 +227,34 @@ def test_a_second_turn_and_assisted_decoding_give_what_they_do_with_the_dense_ca
         guessed = model.generate(prompt(90), past_key_values=guessing, do_sample=False, max_new_tokens=70, **guesses)
         found.append((answer.tolist(), guessed.tolist(), cache.get_seq_length()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", [KIVI, SCALED, PROTECTED])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_padded_prompts_generate_what_they_do_with_the_dense_cache(model, name, options, monkeypatch):
+    steps, attend = [], PackedStep.attend
+    monkeypatch.setattr(PackedStep, "attend", lambda *arguments: steps.append(1) or attend(*arguments))
+    # Of 100, 70 and 20 tokens: the last is quantized for the first time when its residual is full.
+    paddings, length, new_tokens, beams = [0, 30, 80], 100, 140, options.get("num_beams", 1)
+    input_ids, mask = prompt(length, batch=3), torch.ones(3, length, dtype=torch.int64)
+    for row, padding in enumerate(paddings):
+        mask[row, :padding] = 0
+    found = []
+    for is_fused in (False, True):
+        cache = QuantizedCache.for_model(model, load_recipe(name), fused=is_fused)
+        marks = []
+        for count in (length - padding for padding in paddings for _ in range(beams)):
+            visual = torch.zeros(count, dtype=torch.bool)
+            visual[3 : count - 10] = True
+            marks.append(TokenMarks(visual, torch.arange(count) % 7.0))
+        described = Prompt(tuple(padding for padding in paddings for _ in range(beams)), tuple(marks))
+        cache.describe_prompt = lambda _, cache=cache, described=described: QuantizedCache.describe_prompt(cache, described)
+        found.append((*generate(model, input_ids, cache, new_tokens, attention_mask=mask, **options), cache.layers[0].footprint()))
+    (expected, expected_logits, dense), (tokens, logits, packed) = found
+    assert len(steps) == 2 * (new_tokens - 1)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=2e-3)
+    assert packed.key_elements == dense.key_elements and packed.key_bytes >= dense.key_bytes
 
 
 def test_a_mask_that_hides_tokens_is_obeyed(model):
@@ -418,18 +449,6 @@ def test_options_that_need_dequantized_states_say_so(change, options, reason, sa
     assert message.startswith(f"{SCALED}: ") and f"because {reason}" in message
 
 
-def test_padded_prompts_are_read_dequantized(model, said):
-    input_ids, mask = prompt(100, batch=2), torch.ones(2, 100, dtype=torch.int64)
-    mask[1, :5] = 0
-    plain, packed = (QuantizedCache.for_model(model, load_recipe(SCALED), fused=is_fused) for is_fused in (False, True))
-    expected, expected_logits = generate(model, input_ids, plain, 40, attention_mask=mask)
-    found, logits = generate(model, input_ids, packed, 40, attention_mask=mask)
-    assert torch.equal(logits, expected_logits) and torch.equal(found, expected)
-    (message,) = said
-    said.clear()
-    assert "the prompts of the batch are padded" in message
-
-
 def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
     monkeypatch.setattr(cache_module, "SHORTEST", 72)
     cache, states = one_layer_cache(SCALED, fused=True), make_states(80)
@@ -444,11 +463,23 @@ def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
 
 @pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled"])
 def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
-    def attend(query, history, residual, scaling):
-        return attend_reference(query, PackedLayer(*history.unpack(), residual), scaling)
+    class Attend:
+        """What `attend_cuda.Attend` does, in torch."""
+
+        def __init__(self, history, residual, query_heads, scaling):
+            self.history, self.residual, self.scaling = history, residual, scaling
+
+        def __call__(self, query, new):
+            lengths = self.residual.lengths.tolist()
+            for buffer, token in zip((self.residual.keys, self.residual.values), new, strict=True):
+                for row, length in enumerate(lengths):
+                    buffer[row, :, length] = token[row, :, 0]
+            residual = dataclasses.replace(self.residual, lengths=self.residual.lengths + 1)
+            packed = self.history.unpack() if self.history else (None, ())
+            return attend_reference(query, PackedLayer(*packed, residual), self.scaling)
 
     monkeypatch.setattr(fused_states, "reads_fragments", lambda recipe, like: True)
-    monkeypatch.setattr(attend_cuda, "attend", attend)
+    monkeypatch.setattr(attend_cuda, "Attend", Attend)
     generator = torch.Generator().manual_seed(0)
     states = tuple(torch.randn(2, HEADS, 600, 64, generator=generator) for _ in range(2))
     plain, packed = one_layer_cache(name), one_layer_cache(name, fused=True)
@@ -458,15 +489,15 @@ def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one
         keys, values = plain.update(*new, 0)
         found, _ = packed.update(*new, 0)
         if stop - start == 1:
-            assert isinstance(found.history, FragmentHistory)
-            assert_same(found.dense(), (keys, values))
+            assert isinstance(found.states.history, FragmentHistory)
             outputs = fused(module, query, found, found, None, 0.2)[0], fused(module, query, keys, values, None, 0.2)[0]
+            assert_same(found.dense(), (keys, values))
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
         if start == 192:
             for cache in (plain, packed):
                 cache.reorder_cache(torch.tensor([1, 0]))
     group = packed.layers[0].groups[0]
-    history = group._settled._history
+    history = group.states.history
     form, rotation = history.form, 0 if history.rotation is None else history.rotation.nbytes + history.rotation_fragments.nbytes
     records = 2 * HEADS * history.max_length // 32
     residual = 2 * HEADS * 64 * 4 * (600 - history.max_length)

@@ -77,13 +77,17 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     )
 
 
-def pack_values(quantizer: Quantizer, stored: QuantizedStates, start: int = 0) -> tuple[PackedValues, ...]:
+def pack_values(
+    quantizer: Quantizer, stored: QuantizedStates, start: int = 0, *, names_tokens: bool = False
+) -> tuple[PackedValues, ...]:
     """Return stored values in the form that kernels read, as runs of tokens that are stored alike.
 
     Args:
         quantizer: that stored them.
         stored: values of a whole history, or of tokens to be appended to one.
         start: tokens of the history before them.
+        names_tokens: runs of a quantizer that chooses tokens say which these are even where none was chosen, as they do in sequences
+            beside them.
     Raises:
         NotPackable: the quantizer is none of Affine with 1 or 2 bits, Sign, Ternary, or SplitTokens of these, or has groups of a
             size other than 32, 64 or 128.
@@ -91,9 +95,9 @@ def pack_values(quantizer: Quantizer, stored: QuantizedStates, start: int = 0) -
     if not isinstance(quantizer, SplitTokens):
         return (_pack_run(quantizer, stored, None),)
     chosen = stored.static["tokens"]
-    if not chosen.shape[1]:
+    if not chosen.shape[1] and not names_tokens:
         return (_pack_run(quantizer.other, stored.parts["other"], None),)
-    if start:
+    if start or not chosen.shape[1]:
         # None of them is chosen.
         others = torch.arange(start, start + stored.length, dtype=torch.int32, device=chosen.device)
         return (_pack_run(quantizer.other, stored.parts["other"], others.expand(chosen.shape[0], -1).contiguous()),)
