@@ -1,6 +1,6 @@
 """Growable packed history of one layer, in fragment order: what a cache fills and `attend_cuda` reads.
 
-    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, rotation=rotation)
+    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, order=order, matrix=matrix)
     history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
     out = attend_cuda.attend(query, history, residual, scaling)
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 
 from vidkv_kernels import pack_cuda
-from vidkv_kernels.fragments import TOKEN_GROUP, Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
-from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
+from vidkv_kernels.fragments import TOKEN_GROUP, Form, matrix_fragments, pack_keys, pack_values, unpack_keys, unpack_values
+from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_maps, pack_words
 
 
 class FragmentHistory:
@@ -27,9 +27,8 @@ class FragmentHistory:
         lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
         max_length: an upper bound of `lengths` known without asking the device.
         key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
-        rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
-        rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
-        center: float32 [B or 1, H or 1, D], was subtracted from keys before rotation. None: nothing was.
+        order, matrix, center: as in `packed.PackedKeys`.
+        matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
     """
 
     def __init__(
@@ -40,16 +39,12 @@ class FragmentHistory:
         heads: int,
         capacity: int,
         device: torch.device | str,
-        rotation: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+        matrix: torch.Tensor | None = None,
         center: torch.Tensor | None = None,
     ):
         device = torch.empty(0, device=device).device
-        if rotation is not None:
-            check_packed("rotation", rotation, ((batch, 1), (heads, 1), form.width, form.channels), torch.float32, device)
-        elif form.channels != form.width:
-            raise ValueError(f"keys have {form.channels} channels and queries {form.width}; give a rotation")
-        if center is not None:
-            check_packed("center", center, ((batch, 1), (heads, 1), form.width), torch.float32, device)
+        check_maps("", batch, heads, form.width, form.channels, device, order, matrix, center)
         self.form = form
         records = -(-capacity // form.group_size)
         self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
@@ -58,8 +53,9 @@ class FragmentHistory:
         self.max_length = 0
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
-        self.rotation = rotation
-        self.rotation_fragments = None if rotation is None else pack_rotation(form, rotation)
+        self.order = order
+        self.matrix = matrix
+        self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center
 
     @classmethod
@@ -74,7 +70,8 @@ class FragmentHistory:
         form = Form.of(keys, values)
         batch, heads = keys.codes.shape[:2]
         room = max(_room(form, keys, values[0]), capacity)
-        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, rotation=keys.rotation, center=keys.center)
+        maps = {"order": keys.order, "matrix": keys.matrix, "center": keys.center}
+        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, **maps)
         history.append(keys, values)
         return history
 
@@ -89,11 +86,11 @@ class FragmentHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held: records of `max_length` tokens, rotation and center; not the spare room of the buffers."""
+        """Bytes of what is held: records of `max_length` tokens, order and center; not the shared matrix, nor the spare room of buffers."""
         batch, heads = self.keys.shape[:2]
         record = self.form.key_record_bytes + self.form.value_record_bytes
         own = batch * heads * -(-self.max_length // self.form.group_size) * record
-        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.rotation_fragments, self.center)
+        others = (self.lengths, self.key_scale_max, self.value_scale_max, self.order, self.center)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None)
 
     @property
@@ -177,7 +174,7 @@ class FragmentHistory:
             start += segment.channels
         keys = PackedKeys(
             form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
-            rotation=self.rotation, center=self.center,
+            order=self.order, matrix=self.matrix, center=self.center,
         )  # fmt: skip
         codes, scale, offset = unpack_values(form, self.values[:, :, :records])
         group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
@@ -189,11 +186,9 @@ class FragmentHistory:
 
     def select_batch(self, indices: torch.Tensor) -> FragmentHistory:
         """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
-        rotation, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.rotation, self.center))
-        batch = len(indices)
-        chosen = FragmentHistory(
-            self.form, batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
-        )
+        order, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.order, self.center))
+        maps = {"order": order, "matrix": self.matrix, "center": center}
+        chosen = FragmentHistory(self.form, batch=len(indices), heads=self.keys.shape[1], capacity=0, device=self.device, **maps)
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
         chosen.max_length = self.max_length

@@ -43,9 +43,9 @@ class PackedHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held, rotation and center included; not the spare room of the buffers."""
+        """Bytes of what is held, order and center included; not the matrix, which all layers share, nor the spare room of the buffers."""
         keys = self.keys
-        others = (keys.scale_unit, keys.offset_unit, keys.rotation, keys.center)
+        others = (keys.scale_unit, keys.offset_unit, keys.order, keys.center)
         own = _held_bytes(keys, KEY_TENSORS, keys.codes.shape[2] * WORD, self.max_length)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None) + self.value_nbytes
 
@@ -53,7 +53,7 @@ class PackedHistory:
         """Write whole groups of tokens behind what is held.
 
         Args:
-            keys: new tokens, stored like those held; rotation and center are those of the first tokens.
+            keys: new tokens, stored like those held; order, matrix and center are those of the first tokens.
             values: one run. It goes behind a run of the same form, or becomes the second run.
         Raises:
             ValueError: tokens that are stored in another way.
@@ -134,6 +134,6 @@ def _select(part: PackedKeys | PackedValues, indices: torch.Tensor, batch: int) 
     chosen = {
         name: tensor[indices].contiguous()
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and tensor.shape[0] == batch
+        if isinstance(tensor, torch.Tensor) and tensor.shape[0] == batch and name != "matrix"
     }
     return replace(part, **chosen)
