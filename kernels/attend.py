@@ -60,7 +60,11 @@ def check_query(query: torch.Tensor, layer: PackedLayer) -> None:
 
 
 def _history_scores(queries: torch.Tensor, keys: PackedKeys) -> torch.Tensor:
-    mapped = queries if keys.rotation is None else queries @ keys.rotation.to(queries.dtype)
+    mapped = queries
+    if keys.order is not None:
+        mapped = mapped.gather(-1, keys.order.long().unsqueeze(2).expand(mapped.shape))
+    if keys.matrix is not None:
+        mapped = mapped @ keys.matrix.to(queries.dtype)
     scores = mapped @ keys.decode(queries.dtype).transpose(-1, -2)
     return scores if keys.center is None else scores + queries @ keys.center.to(queries.dtype).unsqueeze(-1)
 
@@ -99,6 +103,8 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "groups of 128": (half, [256, 128], [7, 8], {"group_size": 128, "values": ("per_channel", 4, "minimum")}),
         "groups of 64, sign values": (single, [128], [4], {"group_size": 64, "values": ("per_channel", 2, "mean")}),
         "heads of 128 channels": (half, [96], [20], {"width": 128}),
+        "channels in another order, not mapped": (half, [96, 64], [5, 2], {"segments": few_wide, "heads": 2, "maps": ("order",)}),
+        "channels mapped, in their own order": (half, [64], [3], {"maps": ("matrix",)}),
         "five ternary values a byte": (half, [96, 32], [20, 1], {"values": ("per_channel", 3, "bytes")}),
         "protected tokens": (half, [192, 128], [6, 50], {"protected": [64, 32]}),
         "protected tokens in one sequence": (single, [96, 96], [1, 1], {"protected": [32, 0]}),

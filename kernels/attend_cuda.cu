@@ -18,7 +18,8 @@
 //   VALUE_SCALE     0 none, 1 per channel, 2 per token in groups of 32 channels
 //   RECORDS, WARPS, MIN_BLOCKS   records a warp takes at a time, warps a block, blocks a multiprocessor
 //   BRAIN           query, residual and output are bfloat16
-//   MAPPED          scores are of the query times a matrix; CENTERED: and of the query times a constant vector besides
+//   ORDERED         scores are of the query with its channels in another order; MAPPED: times a matrix; CENTERED: and of the query
+//                   itself times a constant vector besides
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -51,6 +52,8 @@ constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
+constexpr int QUERY_ROW = WIDTH + 2;
+constexpr int MAPPED_BYTES = 8 * (MAPPED_ROW * 4 > QUERY_ROW * 2 ? MAPPED_ROW * 4 : QUERY_ROW * 2);
 constexpr int SLOT = RECORDS * (KEY_RECORD + VALUE_RECORD);
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
@@ -234,8 +237,9 @@ __device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
        const u16* __restrict__ query, const float* __restrict__ key_scale_max,
-       const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
-       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix, Fresh fresh,
+       const float* __restrict__ value_scale_max, const u8* __restrict__ order, i64 order_batch, i64 order_head,
+       const u8* __restrict__ matrix, const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix,
+       Fresh fresh,
        float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
        float exponent_scale) {
   extern __shared__ __align__(128) u8 shared[];
@@ -248,6 +252,16 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   start_dependents();
 
   // Everything small is asked for before the first of it is needed.
+#if ORDERED
+  constexpr int OWN_TILES = (TILES + WARPS - 1) / WARPS;  // every warp brings some tiles of the query into order
+  u32 places[OWN_TILES][2];
+#pragma unroll
+  for (int i = 0; i < OWN_TILES; i++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++)
+      places[i][kh] = *reinterpret_cast<const u16*>(order + batch * order_batch + head * order_head
+                                                    + 16 * min(warp + i * WARPS, TILES - 1) + 8 * kh + 2 * t);
+#endif
   const int length = keys ? lengths[batch] : 0;
   const int fresh_place = residual.lengths[batch], residual_length = fresh_place + (fresh.keys ? 1 : 0);
   const int prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
@@ -266,10 +280,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     for (int kh = 0; kh < 2; kh++)
       words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
 #if MAPPED
-  const u8* const matrix = rotation + batch * rotation_batch + head * rotation_head + lane * 16;
+  const u8* const own_matrix = matrix + lane * 16;
   uint4 columns[TILES];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
+  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
 #endif
 
   // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
@@ -332,6 +346,34 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   centre_own += __shfl_xor_sync(~0u, centre_own, 1);
   centre_own += __shfl_xor_sync(~0u, centre_own, 2);
 #endif
+  float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * 16 + OFFSET_PAIRS * 512);
+#if ORDERED
+  {
+    u16* const rows = reinterpret_cast<u16*>(mapped);  // [8][QUERY_ROW], channels as they come
+    u32* const ordered = reinterpret_cast<u32*>(reinterpret_cast<u8*>(mapped) + MAPPED_BYTES);  // [TILES][32][2]
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+      if (j % WARPS == warp)
+#pragma unroll
+        for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = words[j][kh];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < OWN_TILES; i++)
+      if (warp + i * WARPS < TILES)
+#pragma unroll
+        for (int kh = 0; kh < 2; kh++) {
+          const u16* row = rows + g * QUERY_ROW;
+          ordered[((warp + i * WARPS) * 32 + lane) * 2 + kh] = row[places[i][kh] & 0xffu] | (u32)row[places[i][kh] >> 8] << 16;
+        }
+    __syncthreads();
+#pragma unroll
+    for (int j = 0; j < TILES; j++) {
+      const uint2 two = *reinterpret_cast<const uint2*>(ordered + (j * 32 + lane) * 2);
+      words[j][0] = two.x;
+      words[j][1] = two.y;
+    }
+  }
+#endif
 #if MAPPED
   // 16 key channels a warp; the query is exact but for a power of two.
   {
@@ -343,14 +385,13 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     const int e = exponent(largest(most), 0);
     shift_own = power(e);
     const float down = power(-e);
-    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * 16 + OFFSET_PAIRS * 512);
     for (int step = warp; step < KEY_STEPS; step += WARPS) {
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < TILES; j++) {
         const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
         const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
-        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(matrix + (step * TILES + j) * 512);
+        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (step * TILES + j) * 512);
         mma(j % 2 ? odd : even, columns[j].x, columns[j].y, columns[j].z, columns[j].w, b0, b1, j % 2 ? odd : even);
       }
 #pragma unroll

@@ -75,18 +75,17 @@ def _split_count(entries: int, rows: int) -> int:
 def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the query as history sees it, [B, HQ, C], and what every score of history has in common, float32 [B, HQ]."""
     batch, query_heads, _, width = query.shape
-    if keys is None or (keys.rotation is None and keys.center is None):
+    if keys is None or (keys.order is None and keys.matrix is None and keys.center is None):
         return query.reshape(batch, query_heads, width), None
     mapped = torch.empty(batch, query_heads, keys.channels, dtype=torch.float32, device=query.device)
     constant = torch.empty(batch, query_heads, dtype=torch.float32, device=query.device) if keys.center is not None else None
-    rotation = query if keys.rotation is None else keys.rotation
-    center = query if keys.center is None else keys.center
     _map_query_kernel[(batch * query_heads, triton.cdiv(keys.channels, CHANNELS_AT_ONCE))](
-        query, query.stride(0), query.stride(1), rotation, *_broadcast_strides(rotation), center, *_broadcast_strides(center),
+        query, query.stride(0), query.stride(1), _or(keys.order, query), *_broadcast_strides(keys.order), _or(keys.matrix, query),
+        _or(keys.center, query), *_broadcast_strides(keys.center),
         mapped, mapped if constant is None else constant, query_heads, query_heads // keys.codes.shape[1],
         WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(width), CHANNELS=keys.channels,
-        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
-        num_warps=4,
+        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ORDER=keys.order is not None, HAS_MATRIX=keys.matrix is not None,
+        HAS_CENTER=constant is not None, num_warps=4,
     )  # fmt: skip
     return mapped, constant
 
@@ -163,28 +162,31 @@ def _block(channels: int) -> int:
 
 @triton.jit
 def _map_query_kernel(
-    query_ptr, query_batch_stride, query_head_stride, rotation_ptr, rotation_batch_stride, rotation_head_stride,
+    query_ptr, query_batch_stride, query_head_stride, order_ptr, order_batch_stride, order_head_stride, matrix_ptr,
     center_ptr, center_batch_stride, center_head_stride, mapped_ptr, constant_ptr, query_heads, per_head,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    HAS_ROTATION: tl.constexpr, HAS_CENTER: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_MATRIX: tl.constexpr, HAS_CENTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, query_head = row // query_heads, row % query_heads
     head = query_head // per_head
     width, channel = tl.arange(0, BLOCK_WIDTH), tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_width, in_channels = width < WIDTH, channel < CHANNELS
-    query = tl.load(query_ptr + batch * query_batch_stride + query_head * query_head_stride + width, mask=in_width, other=0)
-    query = query.to(tl.float32)
-    if HAS_ROTATION:
-        start = rotation_ptr + batch * rotation_batch_stride + head * rotation_head_stride
+    query_ptr += batch * query_batch_stride + query_head * query_head_stride
+    place = width
+    if HAS_ORDER:
+        place = tl.load(order_ptr + batch * order_batch_stride + head * order_head_stride + width, mask=in_width, other=0).to(tl.int32)
+    query = tl.load(query_ptr + place, mask=in_width, other=0).to(tl.float32)
+    if HAS_MATRIX:
         inside = in_width[:, None] & in_channels[None, :]
-        rotation = tl.load(start + width[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
-        mapped = tl.sum(query[:, None] * rotation, axis=0)
+        matrix = tl.load(matrix_ptr + width[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+        mapped = tl.sum(query[:, None] * matrix, axis=0)
         tl.store(mapped_ptr + row * CHANNELS + channel, mapped, mask=in_channels)
     else:
         tl.store(mapped_ptr + row * CHANNELS + width, query, mask=in_width)
     if HAS_CENTER:
-        center = tl.load(center_ptr + batch * center_batch_stride + head * center_head_stride + width, mask=in_width, other=0)
+        # Of the query in its own order.
+        center = tl.load(center_ptr + batch * center_batch_stride + head * center_head_stride + place, mask=in_width, other=0)
         tl.store(constant_ptr + row, tl.sum(query * center, axis=0))
 
 

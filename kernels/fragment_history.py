@@ -1,6 +1,6 @@
 """Growable packed history of one layer, in fragment order: what a cache fills and `attend_cuda` reads.
 
-    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, rotation=rotation)
+    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, order=order, matrix=matrix)
     history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
     out = attend_cuda.attend(query, history, residual, scaling)
 
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 
 from vidkv_kernels import pack_cuda
-from vidkv_kernels.fragments import TOKEN_GROUP, Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
-from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
+from vidkv_kernels.fragments import TOKEN_GROUP, Form, matrix_fragments, pack_keys, pack_values, unpack_keys, unpack_values
+from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_maps, pack_words
 
 
 class FragmentHistory:
@@ -29,9 +29,8 @@ class FragmentHistory:
         lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
         held: upper bounds of `lengths`, known without asking the device: exactly these, unless sequences grew by an unknown number.
         key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
-        rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
-        rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
-        center: float32 [B or 1, H or 1, D], was subtracted from keys before rotation. None: nothing was.
+        order, matrix, center: as in `packed.PackedKeys`.
+        matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
     """
 
     def __init__(
@@ -42,16 +41,12 @@ class FragmentHistory:
         heads: int,
         capacity: int,
         device: torch.device | str,
-        rotation: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+        matrix: torch.Tensor | None = None,
         center: torch.Tensor | None = None,
     ):
         device = torch.empty(0, device=device).device
-        if rotation is not None:
-            check_packed("rotation", rotation, ((batch, 1), (heads, 1), form.width, form.channels), torch.float32, device)
-        elif form.channels != form.width:
-            raise ValueError(f"keys have {form.channels} channels and queries {form.width}; give a rotation")
-        if center is not None:
-            check_packed("center", center, ((batch, 1), (heads, 1), form.width), torch.float32, device)
+        check_maps("", batch, heads, form.width, form.channels, device, order, matrix, center)
         self.form = form
         records = -(-capacity // form.group_size)
         self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
@@ -60,8 +55,9 @@ class FragmentHistory:
         self.held = [0] * batch
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
-        self.rotation = rotation
-        self.rotation_fragments = None if rotation is None else pack_rotation(form, rotation)
+        self.order = order
+        self.matrix = matrix
+        self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center
 
     @classmethod
@@ -87,7 +83,8 @@ class FragmentHistory:
         """
         batch, heads = keys.codes.shape[:2]
         form = Form.of(keys, values)
-        return cls(form, batch=batch, heads=heads, capacity=capacity, device=keys.device, rotation=keys.rotation, center=keys.center)
+        maps = {"order": keys.order, "matrix": keys.matrix, "center": keys.center}
+        return cls(form, batch=batch, heads=heads, capacity=capacity, device=keys.device, **maps)
 
     @property
     def capacity(self) -> int:
@@ -105,8 +102,8 @@ class FragmentHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held: records, rotation and center; not the spare room of the buffers."""
-        others = (self.lengths, self.key_scale_max, self.rotation_fragments, self.center)
+        """Bytes of what is held: records, order and center; not the shared matrix, nor the spare room of the buffers."""
+        others = (self.lengths, self.key_scale_max, self.order, self.center)
         return self._records * self.form.key_record_bytes + self.value_nbytes + sum(t.nbytes for t in others if t is not None)
 
     @property
@@ -140,7 +137,7 @@ class FragmentHistory:
                 each sequence takes, zero for none.
             held: tokens of each sequence afterwards, for a caller who knows them; otherwise each is taken to get all that the source
                 has room for. Not checked, since lengths are on the device.
-            begun: sequences that get their first tokens, and their map of the query with them.
+            begun: sequences that get their first tokens, and their order of channels with them.
         Raises:
             UnsupportedForm: the kernels do not read this form.
             ValueError: another form than what is held, or the buffers are full: call `reserve` first.
@@ -156,10 +153,8 @@ class FragmentHistory:
         held = [length + tokens for length in self.held] if held is None else list(held)
         if max(held) > self.capacity:
             raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
-        if begun and self.rotation is not None and self.rotation.shape[0] > 1:
-            begun = list(begun)
-            self.rotation[begun] = keys.rotation[begun]
-            self.rotation_fragments[begun] = pack_rotation(self.form, keys.rotation[begun])
+        if begun and self.order is not None and self.order.shape[0] > 1:
+            self.order[list(begun)] = keys.order[list(begun)]
         if self.device.type == "cuda" and not run.is_bytes:
             pack_cuda.append(self, keys, run, tokens)
         else:
@@ -199,7 +194,7 @@ class FragmentHistory:
             start += segment.channels
         keys = PackedKeys(
             form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
-            rotation=self.rotation, center=self.center,
+            order=self.order, matrix=self.matrix, center=self.center,
         )  # fmt: skip
         codes, scale, offset = unpack_values(form, self.values[:, :, :records])
         group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
@@ -211,11 +206,9 @@ class FragmentHistory:
 
     def select_batch(self, indices: torch.Tensor) -> FragmentHistory:
         """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
-        rotation, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.rotation, self.center))
-        batch = len(indices)
-        chosen = FragmentHistory(
-            self.form, batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
-        )
+        order, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.order, self.center))
+        maps = {"order": order, "matrix": self.matrix, "center": center}
+        chosen = FragmentHistory(self.form, batch=len(indices), heads=self.keys.shape[1], capacity=0, device=self.device, **maps)
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
         chosen.held = [self.held[index] for index in indices.tolist()]

@@ -17,6 +17,7 @@ The 16 channels of a fragment have the same width, so some 1-bit channels may li
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -214,12 +215,13 @@ def unpack_keys(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, torch.
     return codes, scale, offset
 
 
-def pack_rotation(form: Form, rotation: torch.Tensor) -> torch.Tensor:
-    """Bring a map of the query, float32 [.., D, C], to fragments in float16, uint8 [.., bytes]."""
-    padded = torch.nn.functional.pad(rotation, (0, form.key_steps * STEP - form.channels)).half()
-    # [.., k, kh, t, e, step, rr, g] to [.., step, k, g, t, kh, rr, e]
-    fields = padded.unflatten(-1, (-1, 2, 8)).unflatten(-4, (-1, 2, 4, 2))
-    return fields.movedim((-3, -7, -1, -5, -6, -2, -4), (-7, -6, -5, -4, -3, -2, -1)).contiguous().flatten(-7).view(torch.uint8)
+@functools.lru_cache(maxsize=64)
+def matrix_fragments(form: Form, matrix: torch.Tensor) -> torch.Tensor:
+    """Bring a map of the query, float32 [D, C], to fragments in float16, uint8 [bytes]; once for all who share that tensor."""
+    padded = torch.nn.functional.pad(matrix, (0, form.key_steps * STEP - form.channels)).half()
+    # [k, kh, t, e, step, rr, g] to [step, k, g, t, kh, rr, e]
+    fields = padded.unflatten(1, (-1, 2, 8)).unflatten(0, (-1, 2, 4, 2))
+    return fields.permute(4, 0, 6, 2, 1, 5, 3).contiguous().flatten().view(torch.uint8)
 
 
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:

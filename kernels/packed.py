@@ -5,9 +5,10 @@ that suits its instructions; what it must compute is defined here, in plain torc
 
 Letters: B batch, H key/value heads, D head width, T tokens of history, C key channels as stored, E value entries, G groups of S.
 
-**Keys.** An orthogonal (or any linear) map is applied to the query only: a stored key k of C channels scores
+**Keys.** Channels are reordered, and mapped by an orthogonal (or any linear) map, on the side of the query: a stored key k of C
+channels scores
 
-    q . key = (q @ rotation) . k + q . center
+    q . key = (q[order] @ matrix) . k + q . center
 
 Channels come in segments with the same bits and the same kind of offset. A group is S tokens of one channel; its codes mean
 
@@ -92,7 +93,8 @@ class PackedKeys:
         scale: float16 or float8_e4m3fn [B, H, T / S, C].
         offset: as scale, [B, H, T / S, channels with a stored offset]; None if there are none.
         scale_unit, offset_unit: float16 [B or 1, H or 1, channels of scale or offset], for float8 metadata only.
-        rotation: float32 [B or 1, H or 1, D, C]; None: the query is used as it is, C = D.
+        order: uint8 [B or 1, H or 1, D], a permutation: the channel of the query at each place; None: as they are.
+        matrix: float32 [D, C], one for all sequences, heads and layers of a recipe, and never changed; None: the identity, C = D.
         center: float32 [B or 1, H or 1, D], was subtracted from keys before anything else; None: nothing was.
     """
 
@@ -103,7 +105,8 @@ class PackedKeys:
     offset: torch.Tensor | None = None
     scale_unit: torch.Tensor | None = None
     offset_unit: torch.Tensor | None = None
-    rotation: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    matrix: torch.Tensor | None = None
     center: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -125,10 +128,7 @@ class PackedKeys:
             _check_metadata("keys.offset", self.offset, self.offset_unit, (batch, heads, groups, self.stored_offsets), self.device)
         elif self.offset is not None or self.offset_unit is not None:
             raise ValueError("keys.offset is given, but no segment stores offsets")
-        if self.rotation is not None:
-            check_packed("keys.rotation", self.rotation, ((batch, 1), (heads, 1), None, self.channels), torch.float32, self.device)
-        if self.center is not None:
-            check_packed("keys.center", self.center, ((batch, 1), (heads, 1), self.width), torch.float32, self.device)
+        check_maps("keys.", batch, heads, self.width, self.channels, self.device, self.order, self.matrix, self.center)
 
     @property
     def device(self) -> torch.device:
@@ -142,7 +142,7 @@ class PackedKeys:
     @property
     def width(self) -> int:
         """D, number of channels of a query."""
-        return self.channels if self.rotation is None else self.rotation.shape[2]
+        return self.channels if self.matrix is None else self.matrix.shape[0]
 
     @property
     def wide_channels(self) -> int:
@@ -165,7 +165,7 @@ class PackedKeys:
         return torch.cat([unpack_words(part, s.nbits) for part, s in zip(words, self.segments, strict=True)], dim=-1)
 
     def decode(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return what the codes mean, before rotation and center are undone, [B, H, T, C] in `dtype`."""
+        """Return what the codes mean, before order, matrix and center are undone, [B, H, T, C] in `dtype`."""
         middles = torch.cat([self.scale.new_full((s.channels,), s.middle, dtype=dtype) for s in self.segments])
         scale = _metadata(self.scale, self.scale_unit, dtype).repeat_interleave(self.group_size, dim=2)
         states = (self.unpack().to(dtype) - middles) * scale
@@ -374,6 +374,28 @@ def check_packed(name: str, tensor: torch.Tensor | None, shape: tuple, dtype: ob
     check(name, tensor, shape, dtype, device)
     if not tensor.is_contiguous():
         raise ValueError(f"{name} has strides {tensor.stride()} for shape {list(tensor.shape)}; make it .contiguous()")
+
+
+def check_maps(
+    prefix: str,
+    batch: int,
+    heads: int,
+    width: int,
+    channels: int,
+    device: torch.device,
+    order: torch.Tensor | None,
+    matrix: torch.Tensor | None,
+    center: torch.Tensor | None,
+) -> None:
+    """Hold what stands between a query of `width` channels and stored keys of `channels` to the shapes in `PackedKeys`."""
+    if matrix is not None:
+        check_packed(f"{prefix}matrix", matrix, (width, channels), torch.float32, device)
+    elif channels != width:
+        raise ValueError(f"keys have {channels} channels and queries {width}; give a {prefix}matrix")
+    if order is not None:
+        check_packed(f"{prefix}order", order, ((batch, 1), (heads, 1), width), torch.uint8, device)
+    if center is not None:
+        check_packed(f"{prefix}center", center, ((batch, 1), (heads, 1), width), torch.float32, device)
 
 
 def _check_metadata(name: str, tensor: torch.Tensor | None, unit: torch.Tensor | None, shape: tuple, device: torch.device) -> None:

@@ -51,9 +51,9 @@ class PackedHistory:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is held, rotation and center included; not the spare room of the buffers."""
+        """Bytes of what is held, order and center included; not the matrix, which all layers share, nor the spare room of the buffers."""
         keys = self.keys
-        others = (keys.scale_unit, keys.offset_unit, keys.rotation, keys.center)
+        others = (keys.scale_unit, keys.offset_unit, keys.order, keys.center)
         own = _held_bytes(keys, GROWING, keys.codes.shape[2] * WORD, self.lengths)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None) + self.value_nbytes
 
@@ -110,7 +110,7 @@ def select_sequences(part: Part, indices: torch.Tensor) -> Part:
     chosen = {
         name: tensor[indices].contiguous()
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor) and tensor.shape[0] == batch
+        if isinstance(tensor, torch.Tensor) and tensor.shape[0] == batch and name != "matrix"
     }
     return replace(part, **chosen)
 

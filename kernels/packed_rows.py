@@ -52,7 +52,7 @@ def whole_batch(parts: Sequence[PackedRows], batch: int) -> tuple[PackedKeys, tu
     return keys, tuple(runs)
 
 
-OF_SEQUENCES = ("rotation", "center")
+OF_SEQUENCES = ("order", "center")
 """Tensors of keys that a sequence has once."""
 
 

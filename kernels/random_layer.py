@@ -22,6 +22,7 @@ def random_layer(
     protected: list[int] | None = None,
     prefix: list[int] | None = None,
     metadata: torch.dtype = torch.float16,
+    maps: tuple[str, ...] | None = None,
     center: float = 0.0,
     room: int = 0,
 ) -> PackedLayer:
@@ -34,6 +35,7 @@ def random_layer(
         values: granularity, levels and kind of offset; unscaled: centred, without a scale; bytes: centred, 5 codes a byte.
         protected: number of protected tokens of each sequence, chosen at random, in 2 bits.
         metadata: float16 or float8_e4m3fn.
+        maps: between query and keys, order and matrix or one of them; None: both, or none if all key channels are min-max.
         center: size of what was subtracted from keys; 0: nothing.
         room: tokens that the buffers hold, at least; rounded up to groups.
     """
@@ -41,7 +43,7 @@ def random_layer(
     residual_states, prefix_states = (None if part is None else maker.full_precision(part, dtype) for part in (residual, prefix))
     if segments is None:
         return PackedLayer(None, (), residual_states, prefix_states)
-    keys = maker.keys(history, max(*history, room), segments, center)
+    keys = maker.keys(history, max(*history, room), segments, maps, center)
     if protected is None:
         return PackedLayer(keys, (maker.values(history, max(*history, room), *values),), residual_states, prefix_states)
     orders = [torch.randperm(length, generator=generator, device=generator.device) for length in history]
@@ -78,7 +80,9 @@ class _Maker:
         keys, values = (_nan_beyond(part, lengths) for part in states)
         return FullPrecision(keys, values, self.lengths(lengths))
 
-    def keys(self, history: list[int], room: int, segments: tuple[Segment, ...], center: float) -> PackedKeys:
+    def keys(
+        self, history: list[int], room: int, segments: tuple[Segment, ...], maps: tuple[str, ...] | None, center: float
+    ) -> PackedKeys:
         fill = self.width // sum(segment.channels for segment in segments)
         segments = tuple(Segment(s.channels * max(fill, 1), s.nbits, s.offset) for s in segments)
         groups, channels = self._groups(room), sum(segment.channels for segment in segments)
@@ -87,12 +91,17 @@ class _Maker:
         stored = sum(segment.channels for segment in segments if segment.offset in STORED_KINDS)
         scale, scale_unit = self._metadata(self.normal(groups, channels).abs() + 0.1, held)
         offset, offset_unit = self._metadata(self.normal(groups, stored) * 2, held) if stored else (None, None)
-        rotation = None
-        if channels != self.width or any(segment.offset != "minimum" for segment in segments):
-            rotation = torch.linalg.qr(self.normal(channels, channels))[0][:, :1, : self.width].contiguous()
+        if maps is None:
+            is_minmax = channels == self.width and all(segment.offset == "minimum" for segment in segments)
+            maps = () if is_minmax else ("order", "matrix")
+        order = self.normal(self.width).argsort(dim=-1).to(torch.uint8) if "order" in maps else None
+        matrix = None
+        if "matrix" in maps:
+            square = torch.randn(channels, channels, generator=self.generator, device=self.generator.device)
+            matrix = torch.linalg.qr(square)[0][: self.width].contiguous()
         constant = self.normal(self.width) * center if center else None
         return PackedKeys(
-            segments, self.group_size, torch.cat(words, dim=-1), scale, offset, scale_unit, offset_unit, rotation, constant
+            segments, self.group_size, torch.cat(words, dim=-1), scale, offset, scale_unit, offset_unit, order, matrix, constant
         )
 
     def values(

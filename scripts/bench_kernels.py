@@ -142,7 +142,7 @@ def time_packed(batch: int, tokens: int, recipe: str) -> dict[str, tuple[int, tu
     del own, calls, history
     if recipe not in MAIN:
         return timed
-    packed = [layer.keys.codes, layer.keys.scale, layer.keys.offset, layer.values[0].codes, layer.values[0].scale, layer.keys.rotation]
+    packed = [layer.keys.codes, layer.keys.scale, layer.keys.offset, layer.values[0].codes, layer.values[0].scale, layer.keys.order]
     stored = sum(tensor.nbytes for tensor in packed if tensor is not None) + residual_bytes
     check(attend.OP(query, layer, SCALING), query, layer, f"Triton, {recipe}")
     layers = [copy_of(layer) for _ in range(copies(stored))]
@@ -163,7 +163,9 @@ def attend_densely(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def dequantize_and_attend(query: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
     history = slice(0, int(layer.values[0].entries))
-    keys = layer.keys.decode(torch.float16)[:, :, history] @ layer.keys.rotation.half().transpose(-1, -2)
+    keys = layer.keys.decode(torch.float16)[:, :, history] @ layer.keys.matrix.half().T
+    places = layer.keys.order.long().argsort(dim=-1).unsqueeze(2)
+    keys = keys.gather(-1, places.expand(keys.shape))
     keys = torch.cat([keys, layer.residual.keys[:, :, :RESIDUAL]], dim=2)
     values = torch.cat([layer.values[0].decode(torch.float16), layer.residual.values[:, :, :RESIDUAL]], dim=2)
     return attend_densely(query, keys, values)
@@ -181,7 +183,7 @@ def check(found: torch.Tensor, query: torch.Tensor, layer: PackedLayer, name: st
 
 def first_rows(layer: PackedLayer, rows: int) -> PackedLayer:
     def cut(part: object) -> object:
-        fields = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and value.shape[0] > 1}
+        fields = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
         return replace(part, **{name: value[:rows] for name, value in fields.items()})
 
     return PackedLayer(cut(layer.keys), (cut(layer.values[0]),), cut(layer.residual))
@@ -192,7 +194,8 @@ def copy_of(layer: PackedLayer) -> PackedLayer:
 
 
 def clone(part: object) -> object:
-    return replace(part, **{name: value.clone() for name, value in vars(part).items() if isinstance(value, torch.Tensor)})
+    own = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
+    return replace(part, **{name: value.clone() for name, value in own.items()})
 
 
 def time_quantizing(tokens: int) -> Iterator[dict]:
@@ -201,6 +204,7 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
     span = Span.of(device, [0], [tokens], [0])
     transform = quantize_keys.real_fourier(64, device)
     keys = quantize_keys.make_keys(1, HEADS, tokens, RECIPES[MAIN[0]][0], 32, device)
+    keys = replace(keys, matrix=quantize_keys.key_matrix(WIDTH, transform))
     values = quantize_values.make_values(1, HEADS, tokens, WIDTH, device, levels=3, offset_kind="centred")
     values.lengths.fill_(tokens)
 
@@ -208,7 +212,6 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
         order = choose_channels.OP(pair[0], span, 64)
         quantize_keys.OP(pair[0], span, order, transform, keys)
         quantize_values.OP(pair[1], span, 0.7, values)
-        keys.rotation.copy_(quantize_keys.key_rotation(order, 64, transform))
 
     quantize(states[0])
     history = FragmentHistory.from_packed(keys, (values,))

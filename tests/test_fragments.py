@@ -8,7 +8,7 @@ import torch
 
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.fragment_history import FragmentHistory
-from vidkv_kernels.fragments import Form, UnsupportedForm, pack_keys, pack_values
+from vidkv_kernels.fragments import Form, UnsupportedForm, matrix_fragments, pack_keys, pack_values
 from vidkv_kernels.packed import PackedKeys, PackedValues, Segment
 from vidkv_kernels.random_layer import random_layer
 
@@ -91,12 +91,12 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
     layer = make([128, 64])
     keys, run = layer.keys, layer.values[0]
     whole = FragmentHistory.from_packed(keys, layer.values)
-    grown = FragmentHistory(whole.form, batch=2, heads=2, capacity=32, device="cpu")
+    grown = FragmentHistory(whole.form, batch=2, heads=2, capacity=32, device="cpu", order=keys.order, matrix=keys.matrix)
     for start, counts in ((0, (32, 0)), (0, (0, 32)), (32, (32, 32)), (64, (32, 0)), (96, (32, 0))):
         blocks = slice(start // 32, start // 32 + 1)
         part = PackedKeys(
             keys.segments, 32, keys.codes[:, :, blocks].contiguous(), keys.scale[:, :, blocks].contiguous(),
-            keys.offset[:, :, blocks].contiguous(), rotation=keys.rotation,
+            keys.offset[:, :, blocks].contiguous(), order=keys.order, matrix=keys.matrix,
         )  # fmt: skip
         values = PackedValues(
             torch.tensor(counts, dtype=torch.int32), 3, "centred", "per_channel", 32, 128, run.codes[:, :, blocks].contiguous(),
@@ -111,6 +111,23 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
     assert torch.equal(grown.key_scale_max, whole.key_scale_max) and torch.equal(grown.value_scale_max, whole.value_scale_max)
     chosen = grown.select_batch(torch.tensor([1, 1, 0]))
     assert torch.equal(chosen.keys[2, :, :4], whole.keys[0, :, :4]) and chosen.lengths.tolist() == [64, 64, 128]
+    assert torch.equal(chosen.order, keys.order[[1, 1, 0]]) and chosen.matrix is keys.matrix
+
+
+def test_all_layers_share_one_matrix_in_fragments():
+    layer = make([96])
+    form = Form.of(layer.keys, layer.values)
+    histories = [FragmentHistory(form, batch=batch, heads=1, capacity=32, device="cpu", matrix=layer.keys.matrix) for batch in (1, 3)]
+    assert histories[0].matrix_fragments is histories[1].matrix_fragments
+    assert histories[0].nbytes == FragmentHistory(form, batch=1, heads=1, capacity=32, device="cpu", matrix=torch.eye(128)).nbytes
+
+
+def test_an_entry_of_the_matrix_lies_where_the_product_of_a_warp_wants_it():
+    matrix = torch.zeros(128, 128)
+    matrix[16 + 8 + 4 + 1, 32 + 8 + 3] = 2.0  # input 29: k 1, kh 1, t 2, e 1; output 43: step 2, rr 1, g 3
+    halves = matrix_fragments(Form(128, SCALED), matrix).view(torch.float16)
+    # 8 inputs of 16, then lanes of 8 halves: kh, rr, e
+    assert halves.nonzero().item() == ((2 * 8 + 1) * 32 + 4 * 3 + 2) * 8 + 4 + 2 + 1
 
 
 def test_scale_bounds_ignore_what_lies_beyond_the_lengths():

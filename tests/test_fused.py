@@ -296,7 +296,7 @@ def test_mini_models_say_what_they_say_with_the_dense_cache(name, monkeypatch):
         layers = session.adapter.model.config.get_text_config().num_hidden_layers
         assert len(steps) == layers * sum(answer.output_tokens - 1 for answer in answers[FUSED])
     assert [answer.text for answer in answers[FUSED]] == [answer.text for answer in answers[GROUPED]]
-    # Ternary codes take more room for kernels, and so does what they multiply queries with.
+    # An order of all channels takes more room than a list of wide ones.
     assert all(packed.key_bytes >= dense.key_bytes for packed, dense in zip(*answers.values(), strict=True))
 
 
@@ -376,8 +376,8 @@ def test_bytes_by_hand():
     cache, states = one_layer_cache(SCALED, storage_dtype=torch.float16, fused=True), make_states(192)
     feed(cache, states, 0, 70)
     channels, half = WIDTH, WIDTH // 2
-    # half 2 bits and half 1 bit; scale and offset of 2 bytes for 32 tokens; a map of the query in float32 and 16 channel indices
-    keys = HEADS * 64 * (2 * half + half) // 8 + HEADS * 2 * channels * 4 + 4 * channels * channels + half
+    # half 2 bits and half 1 bit; scale and offset of 2 bytes for 32 tokens; the order of channels, and the list of 16 wide ones
+    keys = HEADS * 64 * (2 * half + half) // 8 + HEADS * 2 * channels * 4 + channels + half
     # ternary codes in 2 bits, a scale, and the number of tokens
     values = HEADS * 64 * channels * 2 // 8 + HEADS * 2 * channels * 2 + 4
     residual = HEADS * 6 * channels * 2
@@ -498,10 +498,11 @@ def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one
                 cache.reorder_cache(torch.tensor([1, 0]))
     group = packed.layers[0].groups[0]
     history = group.states.history
-    form, rotation = history.form, 0 if history.rotation is None else history.rotation.nbytes + history.rotation_fragments.nbytes
+    form = history.form
     records = 2 * HEADS * history.max_length // 32
     residual = 2 * HEADS * 64 * 4 * (600 - history.max_length)
-    indices = 2 * 32 if name.startswith("vidkv") else 0
-    key_bytes = records * form.key_record_bytes + rotation + indices + residual + history.lengths.nbytes + 2 * HEADS * 4
+    # Wide channels, and the order of all of them.
+    indices = 2 * (32 + 64) if name.startswith("vidkv") else 0
+    key_bytes = records * form.key_record_bytes + indices + residual + history.lengths.nbytes + 2 * HEADS * 4
     value_bytes = records * form.value_record_bytes + residual + 2 * HEADS * 4
     assert packed.footprint() == Footprint(key_bytes, value_bytes, 2 * HEADS * 600 * 64, 2 * HEADS * 600 * 64)

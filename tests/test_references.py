@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from vidkv_eval.fused import NotPackable, pack_keys, pack_values
+from vidkv_eval.fused import NotPackable, pack_keys, pack_values, read_keys
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
@@ -14,10 +14,10 @@ from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import load_recipe
-from vidkv_kernels.attend import attend_reference
+from vidkv_kernels.attend import _history_scores, attend_reference
 from vidkv_kernels.choose_channels import choose_channels_reference
 from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues, Segment, pack_words, unpack_words
-from vidkv_kernels.quantize_keys import key_rotation, make_keys, quantize_keys_reference, real_fourier
+from vidkv_kernels.quantize_keys import key_matrix, make_keys, quantize_keys_reference, real_fourier
 from vidkv_kernels.quantize_values import make_values, quantize_values_reference
 from vidkv_kernels.random_layer import random_layer
 from vidkv_kernels.span import Span
@@ -136,6 +136,16 @@ def test_the_real_fourier_matrix_by_hand():
     torch.testing.assert_close(real_fourier(4, CPU), torch.tensor(expected))
 
 
+def test_a_query_is_reordered_then_mapped_by_hand():
+    words = pack_words(torch.tensor([[1, 2]]).expand(1, 1, 32, 2), 2)
+    segments, scale = (Segment(2, 2, "none"),), torch.ones(1, 1, 1, 2).half()
+    order, matrix = torch.tensor([[[1, 0]]], dtype=torch.uint8), torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    keys = PackedKeys(segments, 32, words, scale, order=order, matrix=matrix)
+    # The query (5, 7) in order is (7, 5), mapped (7, 29), and scores 7 * 1 + 29 * 2; the key itself is (6, 5).
+    assert _history_scores(torch.tensor([5.0, 7.0]).view(1, 1, 1, 2), keys)[0, 0, 0, 0] == 65
+    assert read_keys(keys, 1, torch.float32).tolist() == [[[[6, 5]]]]
+
+
 @pytest.mark.parametrize("channels", [1, 2, 7, 64])
 def test_the_real_fourier_matrix_is_orthogonal(channels):
     matrix = real_fourier(channels, CPU)
@@ -220,7 +230,9 @@ def test_a_center_taken_from_all_keys_changes_nothing_if_the_prefix_keeps_it():
     layer = random_layer(torch.Generator().manual_seed(0), torch.float32, [64], [5], center=2.0)
     query = torch.randn(1, 2, 1, 64)
     keys, residual = layer.keys, layer.residual
-    dense = keys.decode(torch.float32) @ keys.rotation.transpose(-1, -2) + keys.center.unsqueeze(2)
+    dense = torch.empty_like(keys.decode(torch.float32))
+    dense[..., keys.order[0, 0].long()] = keys.decode(torch.float32) @ keys.matrix.T
+    dense += keys.center.unsqueeze(2)
     expected = attend_densely(
         query,
         torch.cat([dense[:, :, :64], residual.keys[:, :, :5]], dim=2),
@@ -274,8 +286,10 @@ def test_quantized_keys_are_those_of_the_quantizer(quantizer, is_spectral, width
     keys = make_keys(2, 2, 256, expected.segments, expected.group_size, CPU)
     found = quantize_keys_reference(states, span, order, transform, keys)
     assert_packed_alike(found, expected)
-    if expected.rotation is not None:
-        torch.testing.assert_close(key_rotation(order, expected.wide_channels, transform), expected.rotation, rtol=0, atol=0)
+    if expected.order is not None:
+        assert torch.equal(expected.order, order.to(torch.uint8).unsqueeze(1))
+    if expected.matrix is not None:
+        assert torch.equal(expected.matrix, key_matrix(width, transform))
 
 
 @pytest.mark.parametrize(("quantizer", "form"), VALUE_FORMS.values(), ids=VALUE_FORMS)

@@ -21,8 +21,9 @@ from vidkv_eval.quant.split_tokens import SplitTokens, split_positions
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_kernels.layouts import LAYOUTS
 from vidkv_kernels.packed import GROUP_SIZES, WORD, PackedKeys, PackedValues, Segment, pack_words
-from vidkv_kernels.quantize_keys import key_rotation, real_fourier
+from vidkv_kernels.quantize_keys import key_matrix, real_fourier
 
+MOST_CHANNELS = 256  # whose order fits into bytes
 SIGN_KINDS = {"zero_scale": "none", "plus_minus": "centred", "mean_plus_minus": "mean"}
 
 
@@ -47,10 +48,10 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
         if not isinstance(wide, Affine) or wide.nbits != 2:
             raise NotPackable(f"wide channels are stored by {wide}; kernels read Affine with 2 bits")
         pieces.append((wide, parts["wide"], 2, "minimum"))
-    transform = None
+    matrix = None
     if "normal" in parts:
         if isinstance(normal, Spectral):
-            transform = real_fourier(parts["normal"].channels, _device(parts["normal"]))
+            matrix = _fourier_matrix(stored.channels, parts["normal"].channels, _device(parts["normal"]))
             pieces += _spectral_pieces(normal, parts["normal"])
         else:
             pieces.append((normal, parts["normal"], 1, _kind(normal)))
@@ -62,9 +63,9 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     if isinstance(quantizer, SplitChannels):
         if quantizer.per_head:
             raise NotPackable(f"keys are stored by {quantizer}; kernels read one set of wide channels for all heads")
+        if stored.channels > MOST_CHANNELS:
+            raise NotPackable(f"keys have {stored.channels} channels; kernels read up to {MOST_CHANNELS} in an order of their own")
         order = _order(stored.static["wide_channels"], stored.channels)
-    elif transform is not None:
-        order = torch.arange(stored.channels, device=transform.device).expand(parts["normal"].parts["real"].tensors["scale"].shape[0], -1)
     metadata = [_metadata(owner, piece) for owner, piece, _, _ in pieces]
     offsets = [offset for _, offset in metadata if offset is not None]
     return PackedKeys(
@@ -73,7 +74,8 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
         torch.cat([pack_words(_codes(owner, piece), nbits) for owner, piece, nbits, _ in pieces], dim=-1),
         torch.cat([scale for scale, _ in metadata], dim=-1),
         torch.cat(offsets, dim=-1) if offsets else None,
-        rotation=None if order is None else key_rotation(order, parts["wide"].channels if "wide" in parts else 0, transform),
+        order=order,
+        matrix=matrix,
     )
 
 
@@ -109,9 +111,11 @@ def pack_values(
 def read_keys(keys: PackedKeys, length: int, dtype: torch.dtype) -> torch.Tensor:
     """Return the first `length` keys as attention sees them, [B, H, length, D]; computed in float32, rounded once to `dtype`."""
     states = keys.decode(torch.float32)[:, :, :length]
-    if keys.rotation is not None:
-        # The maps of quantizers are orthogonal.
-        states = states @ keys.rotation.transpose(-1, -2)
+    if keys.matrix is not None:
+        states = states @ keys.matrix.T
+    if keys.order is not None:
+        places = keys.order.long().argsort(dim=-1).unsqueeze(2)
+        states = states.gather(-1, places.expand(*states.shape[:3], -1))
     if keys.center is not None:
         states = states + keys.center.unsqueeze(2)
     return states.to(dtype)
@@ -205,9 +209,15 @@ def _metadata(quantizer: GroupedQuantizer, stored: QuantizedStates) -> tuple[tor
 
 
 def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return all channels, wide ones first and both kinds ascending: [B, wide] to [B, C]."""
+    """Return all channels, wide ones first and both kinds ascending: [B, wide] to uint8 [B, 1, C]."""
     is_normal = torch.ones(wide_channels.shape[0], channels, dtype=torch.uint8, device=wide_channels.device)
-    return is_normal.scatter_(1, wide_channels.long(), 0).argsort(dim=-1, stable=True)
+    return is_normal.scatter_(1, wide_channels.long(), 0).argsort(dim=-1, stable=True).to(torch.uint8).unsqueeze(1)
+
+
+@functools.cache
+def _fourier_matrix(channels: int, transformed: int, device: torch.device) -> torch.Tensor:
+    """Return the matrix of keys whose last channels are a spectrum; one for all layers, sequences and caches."""
+    return key_matrix(channels, real_fourier(transformed, device))
 
 
 def _device(stored: QuantizedStates) -> torch.device:

@@ -1,7 +1,8 @@
 """Keys and values of one layer, history in the packed form of attention kernels, and the decode step that reads them so.
 
 Quantizers decide every code, so that what is read is what `StoredStates` would read back; only bytes differ: ternary codes take
-2 bits here instead of 1.6, and a map of the query takes the place of a list of wide channels.
+2 bits here instead of 1.6, and the order of all channels takes the place of a list of wide ones. The matrix that maps queries serves all
+layers and caches of a recipe; it is not counted.
 """
 
 from __future__ import annotations
@@ -163,9 +164,6 @@ class FusedStates:
         if self._history:
             stored["value"] += self._history.value_nbytes
             stored["key"] += self._history.nbytes - self._history.value_nbytes
-            if isinstance(self._history, FragmentHistory) and self._history.rotation is not None:
-                # Held beside the fragments of it, which are counted there.
-                stored["key"] += self._history.rotation.nbytes
         return stored
 
     # Tokens in

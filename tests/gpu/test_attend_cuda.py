@@ -58,6 +58,10 @@ def run(query, layer, scaling=None, plan=None):
     return attend(query, history, layer.residual, scaling or query.shape[3] ** -0.5, layer.prefix, plan)
 
 
+def maps(layer):
+    return {"order": layer.keys.order, "matrix": layer.keys.matrix}
+
+
 def assert_close(fast, query, layer, scaling=None):
     """Twice the error of the reference in the working precision, and one rounding step of the output."""
     scaling = scaling or query.shape[3] ** -0.5
@@ -168,9 +172,21 @@ def test_one_token_far_above_the_others():
 def test_maximum_that_rises_with_every_group():
     query, layer = make(HALF, [2048], [0], 7, width=128, segments=split(128, 64, *SCALED))
     rising = torch.linspace(0, 60, layer.keys.scale.shape[2], device=DEVICE)[:, None]
-    layer.keys.offset.copy_((query[0, 0, 0].float() @ layer.keys.rotation[0, 0] * rising / 20).half())
+    ordered = query[0, 0, 0].float()[layer.keys.order[0, 0].long()]
+    layer.keys.offset.copy_((ordered @ layer.keys.matrix * rising / 20).half())
     for splits in (1, 8):
         assert_close(run(query, layer, plan=Plan(4, 8, 1, splits)), query, layer)
+
+
+@pytest.mark.parametrize("given", [("order",), ("matrix",), ()], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("center", [0.0, 2.0])
+def test_order_and_matrix_by_themselves(given, width, center):
+    segments = split(width, 12, "minimum", "centred")
+    query, layer = make(HALF, [200, 64], [12, 1], 14, width=width, heads=2, segments=segments, maps=given, center=center)
+    assert_close(run(query, layer), query, layer)
+    for plan in (Plan(1, 4, 1, 3), Plan(4, 12, 1, 1)):
+        assert_close(run(query, layer, plan=plan), query, layer)
 
 
 def test_center_and_more_key_channels_than_the_query_has():
@@ -236,7 +252,7 @@ def part(layer, start, stop, lengths):
 def test_append_equals_packing_at_once():
     query, layer = make(HALF, [256, 256], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     whole = FragmentHistory.from_packed(layer.keys, layer.values)
-    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, rotation=layer.keys.rotation)
+    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, **maps(layer))
     for start, stop in ((0, 64), (64, 128), (128, 256)):
         grown.reserve(stop)
         grown.append(*part(layer, start, stop, torch.full_like(whole.lengths, stop - start)))
@@ -248,7 +264,7 @@ def test_append_equals_packing_at_once():
 def test_rows_grow_at_their_own_time():
     query, layer = make(HALF, [256, 128], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     form = Form.of(layer.keys, layer.values)
-    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, rotation=layer.keys.rotation)
+    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, **maps(layer))
     for start, stop, counts in ((0, 128, [128, 0]), (0, 128, [0, 128]), (128, 256, [128, 0])):
         grown.append(*part(layer, start, stop, torch.tensor(counts, dtype=torch.int32, device=DEVICE)))
     assert grown.lengths.tolist() == [256, 128]
@@ -262,7 +278,7 @@ def test_kernels_pack_as_torch_does(values, wide, group_size):
     segments = split(128, wide, "minimum", *(("mean", "centred") if wide < 128 else ()))
     _, layer = make(HALF, [384, 100], [1, 1], 1, width=128, heads=2, segments=segments, values=VALUES[values], group_size=group_size)
     fast = FragmentHistory.from_packed(layer.keys, layer.values)
-    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, rotation=layer.keys.rotation)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, **maps(layer))
     plain._append_plain(layer.keys, layer.values[0], fast.capacity)
     for row, length in enumerate((384, 100)):
         records = -(-length // group_size)
@@ -275,7 +291,7 @@ def test_more_than_2_to_the_31_bytes():
     records = 2**31 // 2560 // 4 + 1000
     query, layer = make(HALF, [96], [1], 28, width=128, segments=split(128, 64, *SCALED), heads=4)
     small = FragmentHistory.from_packed(layer.keys, layer.values)
-    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, rotation=layer.keys.rotation)
+    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, **maps(layer))
     large.keys[:, :, :3], large.values[:, :, :3] = small.keys, small.values
     large.lengths, large.held = small.lengths, [96]
     large.key_scale_max, large.value_scale_max = small.key_scale_max, small.value_scale_max
