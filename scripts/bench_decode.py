@@ -139,10 +139,9 @@ def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, 
     """Return a function that does a decode step and returns logits."""
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
     if provider not in FULL or mode == "eager":
-        context = sdpa_kernel(FULL[provider]) if provider in FULL else contextlib.nullcontext()
 
         def step() -> torch.Tensor:
-            with context:
+            with sdpa_kernel(FULL[provider]) if provider in FULL else contextlib.nullcontext():
                 return model(input_ids=ids, past_key_values=cache).logits
 
         return step

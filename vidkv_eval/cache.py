@@ -405,7 +405,7 @@ class QuantizedLayer(CacheLayerMixin):
         return self.groups[0].states.prepare_repeat()
 
     def count_repeat(self) -> None:
-        """Count the token that a repetition has stored."""
+        """Count the token that a repetition stores."""
         self.groups[0].states.count_repeat()
         self._tokens += 1
 
@@ -439,6 +439,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.prompt = None
         self._tokens = 0
         self.is_initialized = False
+        self._lengths.changes += 1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, as long as they are not yet quantized.
@@ -524,8 +525,8 @@ class QuantizedCache(Cache):
         self.recipe = recipe
         self.options = CacheOptions(storage_dtype, keep_dense, keep_newest, fused)
         self.prompt: Prompt | None = None
-        lengths = SharedLengths()
-        super().__init__(layers=[QuantizedLayer(recipe, index, self.options, lengths) for index in range(num_layers)])
+        self._lengths = SharedLengths()
+        super().__init__(layers=[QuantizedLayer(recipe, index, self.options, self._lengths) for index in range(num_layers)])
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe, **options: Any) -> QuantizedCache:
@@ -583,8 +584,13 @@ class QuantizedCache(Cache):
                 return None
         return tuple(parts)
 
+    @property
+    def changes(self) -> int:
+        """A number that grows whenever a fused cache stores, forgets or moves tokens."""
+        return self._lengths.changes
+
     def count_repeat(self) -> None:
-        """Count the token that a repetition has stored in all layers."""
+        """Count the token that a repetition stores in all layers."""
         for layer in self.layers:
             layer.count_repeat()
 

@@ -41,9 +41,13 @@ class SharedLengths:
     """Residual lengths of the sequences of a batch, on the device; layers that ask for the same ones share a tensor and its writing.
 
     A tensor keeps its place in memory while the number of sequences stays the same, so that captured graphs may read it.
+
+    Attributes:
+        changes: counted up by layers whenever they store, forget or move tokens.
     """
 
     def __init__(self):
+        self.changes = 0
         self._shown: dict[torch.device, tuple[int, ...]] = {}
         self._tensors: dict[torch.device, torch.Tensor] = {}
 
@@ -183,6 +187,7 @@ class FusedStates:
             ArithmeticError: tokens cannot be quantized; its arguments are the reason and the name of the states.
         """
         self._write()
+        self._lengths.changes += 1
         added = new["key"].shape[2]
         waiting, leaving = [], []
         for member in self.members:
@@ -219,6 +224,9 @@ class FusedStates:
     def settle(self) -> None:
         """Quantize what the last step left to be quantized; its attention must be done."""
         self._write()
+        if not any(member.due for member in self.members):
+            return
+        self._lengths.changes += 1
         leaving = []
         for member in self.members:
             if member.due:
@@ -235,6 +243,7 @@ class FusedStates:
     def crop_residual(self, tokens: int) -> None:
         """Forget the newest `tokens` tokens, which must be in the residual."""
         self._write()
+        self._lengths.changes += 1
         for member in self.members:
             member.residual -= tokens
         self.tokens -= tokens
@@ -347,6 +356,7 @@ class FusedStates:
     # Parts of the above
 
     def _count_step(self) -> None:
+        self._lengths.changes += 1
         for member in self.members:
             member.residual += 1
             member.due = self._count_leaving(member.residual, is_first=False)
@@ -356,6 +366,8 @@ class FusedStates:
         return _take(self._buffers[name], member.rows)[:, :, : member.residual]
 
     def _residual_lengths(self) -> tuple[int, ...]:
+        if len(self.members) == 1:
+            return (self.members[0].residual,) * self.batch
         return tuple(self._by_row("residual"))
 
     def _by_row(self, name: str) -> list[int]:
@@ -419,6 +431,7 @@ class FusedStates:
         self._history.append(keys, values, held, begun)
 
     def _forget_attention(self) -> None:
+        self._lengths.changes += 1
         self._attention = {}
         self.version += 1
 

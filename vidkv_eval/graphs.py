@@ -50,47 +50,60 @@ class StepGraphs:
         self._alike: object = None  # what the last steps had in common
         self._steps = 0
         self._captured: _Captured | None = None
+        self._changes = -1  # of the cache when it was last made ready for a repetition
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        found = None if args else self._repeatable(kwargs)
-        if found is None:
+        cache = kwargs.get("past_key_values")
+        if args or not self._can_be_step(cache, kwargs):
             self._forget()
             return self.forward(*args, **kwargs)
-        cache, embeddings, positions, dependence = found
-        alike = (dependence, embeddings.shape, embeddings.dtype, positions.shape, positions.dtype)
-        if self._cache is None or self._cache() is not cache or alike != self._alike:
-            self._forget()
-            self._cache, self._alike = weakref.ref(cache), alike
-        if self._captured is None:
+        if self._cache is None or self._cache() is not cache or cache.changes != self._changes:
+            self._make_ready(cache, kwargs)
+        if self._alike is None:
+            return self.forward(**kwargs)
+        ids, embeddings, positions = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids"))
+        embeddings = self._embed(ids) if embeddings is None else embeddings
+        if positions is None:
+            positions = torch.full((1, 1), cache.get_seq_length(), device=embeddings.device)
+        captured = self._captured
+        if captured is None or embeddings.shape != captured.embeddings.shape or positions.shape != captured.positions.shape:
             self._steps += 1
             if self._steps <= STEPS_BEFORE:
                 return self.forward(**kwargs)
             # Counts the token in the cache, while nothing is launched.
-            self._captured = self._capture(cache, embeddings, positions)
+            captured = self._captured = self._capture(cache, embeddings, positions)
+            is_counted = True
         else:
-            cache.count_repeat()
-        captured = self._captured
+            is_counted = False
         captured.embeddings.copy_(embeddings)
         captured.positions.copy_(positions)
         captured.graph.replay()
         self.replays += 1
+        # While the GPU works: what the cache has to do before the next step.
+        if not is_counted:
+            cache.count_repeat()
+        self._make_ready(cache, kwargs)
         return BaseModelOutputWithPast(last_hidden_state=captured.output.clone(), past_key_values=cache)
 
-    def _repeatable(self, kwargs: dict) -> tuple[QuantizedCache, torch.Tensor, torch.Tensor, object] | None:
-        """Return cache, what enters the first layer, positions, and what a graph depends on; None if a graph cannot do this call."""
-        cache, ids, embeddings = (kwargs.get(name) for name in ("past_key_values", "input_ids", "inputs_embeds"))
-        given = ids if embeddings is None else embeddings
-        if not isinstance(cache, QuantizedCache) or given is None or not given.is_cuda or given.shape[1] != 1 or torch.is_grad_enabled():
-            return None
+    def _can_be_step(self, cache: object, kwargs: dict) -> bool:
+        """Whether a graph can do this call, as far as its arguments tell."""
+        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if not isinstance(cache, QuantizedCache) or not cache.options.fused or torch.is_grad_enabled():
+            return False
+        if given is None or not given.is_cuda or given.shape[1] != 1:
+            return False
         if any(value for name, value in kwargs.items() if name not in KNOWN) or kwargs.get("use_cache") is False:
-            return None
-        dependence = cache.prepare_repeat(given.device)
-        if dependence is None or not self._shows_all(kwargs.get("attention_mask"), cache):
-            return None
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.full((1, 1), cache.get_seq_length(), device=given.device)
-        return cache, self._embed(ids) if embeddings is None else embeddings, positions, dependence
+            return False
+        return self._shows_all(kwargs.get("attention_mask"), cache)
+
+    def _make_ready(self, cache: QuantizedCache, kwargs: dict) -> None:
+        """Let the cache get ready for a repetition; forget the graph if that would not be right any more."""
+        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        alike = cache.prepare_repeat(given.device)
+        if self._cache is None or self._cache() is not cache or alike != self._alike:
+            self._forget()
+            self._cache, self._alike = weakref.ref(cache), alike
+        self._changes = cache.changes
 
     @staticmethod
     def _shows_all(mask: torch.Tensor | None, cache: QuantizedCache) -> bool:
@@ -99,7 +112,10 @@ class StepGraphs:
             return True
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] != cache.get_seq_length() + 1:
             return False
-        padding = torch.tensor(cache.prompt.padding if cache.prompt else (0,), device=mask.device)
+        padding = cache.prompt.padding if cache.prompt else (0,)
+        if not any(padding):
+            return bool(mask.all())
+        padding = torch.tensor(padding, device=mask.device)
         visible = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]
         return torch.equal(mask.bool(), visible.expand_as(mask))
 
@@ -111,7 +127,7 @@ class StepGraphs:
         return _Captured(graph, embeddings, positions, output.last_hidden_state)
 
     def _forget(self) -> None:
-        self._cache, self._alike, self._steps, self._captured = None, None, 0, None
+        self._cache, self._alike, self._steps, self._captured, self._changes = None, None, 0, None, -1
 
 
 def use_graphs(model: PreTrainedModel) -> None:
