@@ -14,7 +14,7 @@ import torch
 
 from vidkv_kernels import pack_cuda
 from vidkv_kernels.fragments import TOKEN_GROUP, Form, matrix_fragments, pack_keys, pack_values, unpack_keys, unpack_values
-from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_maps, pack_words
+from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_maps, pack_key_words, pack_words
 
 
 class FragmentHistory:
@@ -168,12 +168,9 @@ class FragmentHistory:
         form = self.form
         records = -(-self.max_length // form.group_size)
         codes, scale, offset = unpack_keys(form, self.keys[:, :, :records])
-        words, start = [], 0
-        for segment in form.segments:
-            words.append(pack_words(codes[..., start : start + segment.channels], segment.nbits))
-            start += segment.channels
         keys = PackedKeys(
-            form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
+            form.segments, form.group_size, pack_key_words(form.segments, codes), scale.contiguous(),
+            None if offset is None else offset.contiguous(),
             order=self.order, matrix=self.matrix, center=self.center,
         )  # fmt: skip
         codes, scale, offset = unpack_values(form, self.values[:, :, :records])

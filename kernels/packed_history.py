@@ -38,14 +38,15 @@ class PackedHistory:
     @property
     def value_nbytes(self) -> int:
         """Bytes of the values held."""
-        runs = zip(self.values, self._entries, strict=True)
-        return sum(run.lengths.nbytes + _held_bytes(run, VALUE_TENSORS, run.entries, entries) for run, entries in runs)
+        held = (_held_bytes(run, VALUE_TENSORS, run.entries, entries) for run, entries in zip(self.values, self._entries, strict=True))
+        others = (tensor for run in self.values for tensor in (run.lengths, run.scale_unit, run.offset_unit, run.offset_center))
+        return sum(held) + sum(tensor.nbytes for tensor in others if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is held, order and center included; not the matrix, which all layers share, nor the spare room of the buffers."""
         keys = self.keys
-        others = (keys.scale_unit, keys.offset_unit, keys.order, keys.center)
+        others = (keys.scale_unit, keys.offset_unit, keys.offset_center, keys.order, keys.center)
         own = _held_bytes(keys, KEY_TENSORS, keys.codes.shape[2] * WORD, self.max_length)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None) + self.value_nbytes
 

@@ -121,8 +121,9 @@ def poison_spare_room(step):
     parts = [(step.history.keys, step.history_length, step.history.keys.codes.shape[2] * 32)]
     parts += [(run, int(run.lengths[0]), run.entries) for run in step.history.values]
     for part, held, room in parts:
-        for tensor, poison in ((part.codes, -1), (part.scale, float("nan")), (part.offset, float("nan"))):
+        for tensor in (part.codes, part.scale, part.offset):
             if tensor is not None:
+                poison = {torch.int32: -1, torch.uint8: 255}.get(tensor.dtype, float("nan"))
                 tensor[:, :, tensor.shape[2] * held // room :] = poison
         if getattr(part, "tokens", None) is not None:
             part.tokens[:, held:] = 1 << 30
