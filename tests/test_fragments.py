@@ -10,6 +10,7 @@ from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm, matrix_fragments, pack_keys, pack_values
 from vidkv_kernels.packed import PackedKeys, PackedValues, Segment
+from vidkv_kernels.packed_history import PackedHistory
 from vidkv_kernels.random_layer import random_layer
 
 SCALED = (Segment(64, 2, "minimum"), Segment(64, 1, "mean"))
@@ -177,6 +178,13 @@ def test_an_entry_of_the_matrix_lies_where_the_product_of_a_warp_wants_it():
     halves = matrix_fragments(Form(128, SCALED), matrix).view(torch.float16)
     # 8 inputs of 16, then lanes of 8 halves: kh, rr, e
     assert halves.nonzero().item() == ((2 * 8 + 1) * 32 + 4 * 3 + 2) * 8 + 4 + 2 + 1
+
+
+def test_the_portable_history_selects_sequences_and_keeps_the_matrix():
+    # As many sequences as the matrix has rows.
+    layer = random_layer(torch.Generator().manual_seed(0), torch.float16, [32] * 64, [1] * 64)
+    chosen = PackedHistory(layer.keys, layer.values).select_batch(torch.tensor([5, 0]))
+    assert chosen.keys.matrix is layer.keys.matrix and torch.equal(chosen.keys.order, layer.keys.order[[5, 0]])
 
 
 def test_scale_bounds_ignore_what_lies_beyond_the_lengths():

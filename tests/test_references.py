@@ -273,6 +273,12 @@ def test_keys_that_kernels_do_not_read_are_refused(quantizer, message):
         pack_keys(quantizer, quantizer.quantize(make_states(1, 1, 64, 64)))
 
 
+def test_values_of_16_levels_are_refused():
+    quantizer = Fitted(16, **FITTED)
+    with pytest.raises(NotPackable, match=r"Fitted with 2, 3 or 4 levels \(16 for keys\)"):
+        pack_values(quantizer, quantizer.quantize(make_states(1, 1, 64, 64)))
+
+
 def test_protected_tokens_are_read_in_their_own_places():
     states = make_states(1, 2, 96, 64)
     protected = torch.arange(1, 65, 2)
