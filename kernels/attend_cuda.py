@@ -132,15 +132,16 @@ class Attend:
         self._query, self._out, self._fresh = ctypes.c_void_p(), ctypes.c_void_p(), _Fresh()
         self._splits = plan.splits if plan.splits > 1 else 0
         self._partial, self._weights = ctypes.c_void_p(), ctypes.c_void_p()
-        packed = [None] * 5
+        packed = [None] * 7
         if history is not None:
             packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
-        keys, values, lengths, key_bound, value_bound = map(nvrtc.pointer, packed)
+            packed += history.units or (None, None)
+        keys, values, lengths, key_bound, value_bound, *units = map(nvrtc.pointer, packed)
         arguments = (
             keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, self._query,
             key_bound, value_bound, nvrtc.pointer(order), *_strides(order), nvrtc.pointer(matrix), nvrtc.pointer(center), *_strides(center),
-            _part(residual), _part(prefix), self._fresh, self._partial, self._weights, self._out, ctypes.c_int(heads), ctypes.c_int(ratio),
-            ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
+            *units, _part(residual), _part(prefix), self._fresh, self._partial, self._weights, self._out, ctypes.c_int(heads),
+            ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
         )  # fmt: skip
         grid = (plan.splits, heads * head_blocks, batch)
         with torch.cuda.device(device):
@@ -241,7 +242,8 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     slots = warps * (records * (form.key_record_bytes + form.value_record_bytes) + 16)
     mapped = max(8 * (16 * form.key_steps + 4) * 4, 8 * (form.width + 2) * 2)
     ordered = 16 * form.width
-    return max(slots + 512 * form.offset_pairs + mapped + ordered, warps * 8 * (form.width + 3) * 4)
+    units = 6 * (16 * form.key_steps + form.width) + 64 if form.metadata_bits == 4 else 0
+    return max(slots + 512 * form.offset_rows + mapped + ordered + units, warps * 8 * (form.width + 3) * 4)
 
 
 @functools.cache
@@ -250,8 +252,8 @@ def _choose(form: Form, tiles: int, room: int, device: torch.device) -> Plan:
     properties = torch.cuda.get_device_properties(device)
     blocks_each = tiles * room / 32 / properties.multi_processor_count
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
-    if form.is_value_offset_stored:
-        warps = min(warps, 8)  # their products need registers
+    if form.is_value_offset_stored or form.metadata_bits == 4:
+        warps = min(warps, 8)  # what they add needs registers
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2

@@ -15,8 +15,19 @@ from collections.abc import Sequence
 import torch
 
 from vidkv_kernels import pack_cuda
-from vidkv_kernels.fragments import TOKEN_GROUP, Form, matrix_fragments, pack_keys, pack_values, unpack_keys, unpack_values
-from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_maps, pack_words
+from vidkv_kernels.fragments import (
+    TOKEN_GROUP,
+    Form,
+    matrix_fragments,
+    pack_keys,
+    pack_units,
+    pack_values,
+    unpack_keys,
+    unpack_units,
+    unpack_values,
+)
+from vidkv_kernels.packed import METADATA_CODES, PackedKeys, PackedValues, check, check_maps, check_packed, pack_key_words, pack_words
+from vidkv_kernels.packing import pack, unpack
 
 
 class FragmentHistory:
@@ -28,9 +39,11 @@ class FragmentHistory:
         values: uint8 [B, H, capacity / S, value_record_bytes].
         lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
         held: upper bounds of `lengths`, known without asking the device: exactly these, unless sequences grew by an unknown number.
-        key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
+        key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision. Zero for
+            metadata of 4 bits, whose range is known.
         order, matrix, center: as in `packed.PackedKeys`.
         matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
+        units: what metadata of 4 bits is counted in, keys and values, as `fragments.pack_units` gives it; None for float16.
     """
 
     def __init__(
@@ -44,9 +57,16 @@ class FragmentHistory:
         order: torch.Tensor | None = None,
         matrix: torch.Tensor | None = None,
         center: torch.Tensor | None = None,
+        units: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         device = torch.empty(0, device=device).device
         check_maps("", batch, heads, form.width, form.channels, device, order, matrix, center)
+        if (units is None) != (form.metadata_bits == 16):
+            found = "missing" if units is None else "given"
+            raise ValueError(f"units are {found} and metadata has {form.metadata_bits} bits; allowed: units with 4 bits only")
+        if units is not None:
+            for name, unit, columns in zip(("key", "value"), units, (16 * form.key_steps, form.width), strict=True):
+                check_packed(f"{name} units", unit, (batch, heads, 3, columns), torch.float16, device)
         self.form = form
         records = -(-capacity // form.group_size)
         self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
@@ -59,6 +79,7 @@ class FragmentHistory:
         self.matrix = matrix
         self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center
+        self.units = units
 
     @classmethod
     def from_packed(cls, keys: PackedKeys, values: tuple[PackedValues, ...], capacity: int = 0) -> FragmentHistory:
@@ -83,7 +104,7 @@ class FragmentHistory:
         """
         batch, heads = keys.codes.shape[:2]
         form = Form.of(keys, values)
-        maps = {"order": keys.order, "matrix": keys.matrix, "center": keys.center}
+        maps = {"order": keys.order, "matrix": keys.matrix, "center": keys.center, "units": pack_units(form, keys, values[0])}
         return cls(form, batch=batch, heads=heads, capacity=capacity, device=keys.device, **maps)
 
     @property
@@ -103,13 +124,15 @@ class FragmentHistory:
     @property
     def nbytes(self) -> int:
         """Bytes of what is held: records, order and center; not the shared matrix, nor the spare room of the buffers."""
-        others = (self.lengths, self.key_scale_max, self.order, self.center)
+        units = () if self.units is None else self.units[:1]
+        others = (self.lengths, self.key_scale_max, self.order, self.center, *units)
         return self._records * self.form.key_record_bytes + self.value_nbytes + sum(t.nbytes for t in others if t is not None)
 
     @property
     def value_nbytes(self) -> int:
         """The part of `nbytes` that values take."""
-        return self._records * self.form.value_record_bytes + self.value_scale_max.nbytes
+        units = self.units[1].nbytes if self.units else 0
+        return self._records * self.form.value_record_bytes + self.value_scale_max.nbytes + units
 
     @property
     def _records(self) -> int:
@@ -137,7 +160,8 @@ class FragmentHistory:
                 each sequence takes, zero for none.
             held: tokens of each sequence afterwards, for a caller who knows them; otherwise each is taken to get all that the source
                 has room for. Not checked, since lengths are on the device.
-            begun: sequences that get their first tokens, and their order of channels with them.
+            begun: sequences that get their first tokens. What a sequence has once, such as the order of its channels and the units of
+                its metadata, is taken with them.
         Raises:
             UnsupportedForm: the kernels do not read this form.
             ValueError: another form than what is held, or the buffers are full: call `reserve` first.
@@ -155,6 +179,9 @@ class FragmentHistory:
             raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
         if begun and self.order is not None and self.order.shape[0] > 1:
             self.order[list(begun)] = keys.order[list(begun)]
+        if begun and self.units is not None:
+            for own, new in zip(self.units, pack_units(self.form, keys, run), strict=True):
+                own[list(begun)] = new[list(begun)]
         if self.device.type == "cuda" and not run.is_bytes:
             pack_cuda.append(self, keys, run, tokens)
         else:
@@ -175,8 +202,12 @@ class FragmentHistory:
 
         key_scale, key_offset = (cut(tensor, groups, is_new_group) for tensor in (keys.scale, keys.offset))
         value_scale, value_offset = (cut(tensor, rows, is_held) for tensor in (run.scale, run.offset))
-        self.key_scale_max.copy_(torch.maximum(self.key_scale_max, key_scale.abs().amax(dim=(2, 3)).float()))
-        if value_scale is not None:
+        if form.metadata_bits == 4:
+            key_scale, key_offset = _nibbles(key_scale, form.channels), _nibbles(key_offset, form.stored_offsets)
+            value_scale, value_offset = _nibbles(value_scale, form.width), _nibbles(value_offset, form.width)
+        else:
+            self.key_scale_max.copy_(torch.maximum(self.key_scale_max, key_scale.abs().amax(dim=(2, 3)).float()))
+        if value_scale is not None and form.metadata_bits == 16:
             self.value_scale_max.copy_(torch.maximum(self.value_scale_max, value_scale.abs().amax(dim=(2, 3)).float()))
         row, group = is_new_group.nonzero(as_tuple=True)
         target = self.lengths.long()[row] // form.group_size + group
@@ -187,27 +218,25 @@ class FragmentHistory:
         """Return a copy in the portable layout, with room for `max_length` tokens: for another backend, or to dequantize."""
         form = self.form
         records = -(-self.max_length // form.group_size)
+        key_units, value_units = unpack_units(form, self.units) if self.units else ({}, {})
         codes, scale, offset = unpack_keys(form, self.keys[:, :, :records])
-        words, start = [], 0
-        for segment in form.segments:
-            words.append(pack_words(codes[..., start : start + segment.channels], segment.nbits))
-            start += segment.channels
         keys = PackedKeys(
-            form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
-            order=self.order, matrix=self.matrix, center=self.center,
+            form.segments, form.group_size, pack_key_words(form.segments, codes), _stored(form, scale), _stored(form, offset),
+            **key_units, order=self.order, matrix=self.matrix, center=self.center,
         )  # fmt: skip
         codes, scale, offset = unpack_values(form, self.values[:, :, :records])
         group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
         values = PackedValues(
             self.lengths.clone(), form.levels, form.offset_kind, form.granularity, group_size, form.width,
-            pack_words(codes, form.value_bits), scale, offset,
+            pack_words(codes, form.value_bits), _stored(form, scale), _stored(form, offset), **value_units,
         )  # fmt: skip
         return keys, (values,)
 
     def select_batch(self, indices: torch.Tensor) -> FragmentHistory:
         """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
         order, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.order, self.center))
-        maps = {"order": order, "matrix": self.matrix, "center": center}
+        units = None if self.units is None else tuple(unit[indices] for unit in self.units)
+        maps = {"order": order, "matrix": self.matrix, "center": center, "units": units}
         chosen = FragmentHistory(self.form, batch=len(indices), heads=self.keys.shape[1], capacity=0, device=self.device, **maps)
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
@@ -218,3 +247,14 @@ class FragmentHistory:
 def _room(form: Form, keys: PackedKeys, run: PackedValues) -> int:
     """Tokens that both keys and values have room for, in whole groups."""
     return min(run.entries, keys.codes.shape[2] * 32) // form.group_size * form.group_size
+
+
+def _nibbles(metadata: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+    return None if metadata is None else unpack(metadata, METADATA_CODES, channels)
+
+
+def _stored(form: Form, metadata: torch.Tensor | None) -> torch.Tensor | None:
+    """Bring metadata out of records to how `packed` stores it."""
+    if metadata is None:
+        return None
+    return pack(metadata, METADATA_CODES) if form.metadata_bits == 4 else metadata.contiguous()

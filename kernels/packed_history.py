@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from vidkv_kernels.packed import WORD, PackedKeys, PackedValues
-from vidkv_kernels.packed_rows import GROWING, OF_SEQUENCES, form_of
+from vidkv_kernels.packed_rows import GROWING, OF_SEQUENCES, UNITS, form_of
 
 Part = TypeVar("Part", PackedKeys, PackedValues)
 SPARE = 8
@@ -47,13 +47,15 @@ class PackedHistory:
     def value_nbytes(self) -> int:
         """Bytes of the values held."""
         runs = zip(self.values, self._entries, strict=True)
-        return sum(run.lengths.nbytes + _held_bytes(run, (*GROWING, "tokens"), run.entries, entries) for run, entries in runs)
+        held = sum(_held_bytes(run, (*GROWING, "tokens"), run.entries, entries) for run, entries in runs)
+        others = (getattr(run, name) for run in self.values for name in ("lengths", *UNITS))
+        return held + sum(tensor.nbytes for tensor in others if tensor is not None)
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is held, order and center included; not the matrix, which all layers share, nor the spare room of the buffers."""
         keys = self.keys
-        others = (keys.scale_unit, keys.offset_unit, keys.order, keys.center)
+        others = (getattr(keys, name) for name in OF_SEQUENCES)
         own = _held_bytes(keys, GROWING, keys.codes.shape[2] * WORD, self.lengths)
         return own + sum(tensor.nbytes for tensor in others if tensor is not None) + self.value_nbytes
 
@@ -76,11 +78,8 @@ class PackedHistory:
         if further and (len(forms) + len(further) > 2 or any(run.tokens is None for run in (*self.values, *further))):
             raise ValueError(f"appended values have the form {form_of(further[0])}; allowed: {forms}")
         added = [sum(entries) for entries in zip(*counts, strict=True)]
-        for name in OF_SEQUENCES:
-            own, new = getattr(held, name), getattr(keys, name)
-            for row, length in enumerate(self.lengths):
-                if own is not None and not length and added[row] and own.shape[0] > 1:
-                    own[row] = new[row]
+        begun = [row for row, length in enumerate(self.lengths) if not length and added[row]]
+        _take_over(held, keys, OF_SEQUENCES, begun)
         self.keys = replace(held, **_joined(held, keys, GROWING, held.codes.shape[2] * WORD, self.lengths, added))
         runs = list(self.values)
         for run, count in zip(values, counts, strict=True):
@@ -89,6 +88,8 @@ class PackedHistory:
                 self._entries.append(count)
                 continue
             index = forms.index(form_of(run))
+            begun = [row for row, entries in enumerate(self._entries[index]) if not entries and count[row]]
+            _take_over(runs[index], run, UNITS, begun)
             tensors = _joined(runs[index], run, (*GROWING, "tokens"), runs[index].entries, self._entries[index], count)
             runs[index] = replace(runs[index], **tensors, lengths=runs[index].lengths + run.lengths)
             self._entries[index] = [entries + more for entries, more in zip(self._entries[index], count, strict=True)]
@@ -101,6 +102,14 @@ class PackedHistory:
     def select_batch(self, indices: torch.Tensor) -> PackedHistory:
         """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
         return PackedHistory(select_sequences(self.keys, indices), tuple(select_sequences(run, indices) for run in self.values))
+
+
+def _take_over(held: Part, new: Part, names: tuple[str, ...], begun: list[int]) -> None:
+    """Copy what sequences have once for those that get their first tokens."""
+    for name in names:
+        own = getattr(held, name)
+        if own is not None and own.shape[0] > 1:
+            own[begun] = getattr(new, name)[begun]
 
 
 def select_sequences(part: Part, indices: torch.Tensor) -> Part:

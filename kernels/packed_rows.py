@@ -11,6 +11,9 @@ from vidkv_kernels.packed import PackedKeys, PackedValues
 
 GROWING = ("codes", "scale", "offset")
 """Tensors whose third dimension is that of tokens or groups."""
+UNITS = ("scale_unit", "offset_unit", "offset_center")
+OF_SEQUENCES = ("order", "center", *UNITS)
+"""Tensors of keys that a sequence has once. Values have `UNITS`."""
 FORM = ("levels", "offset_kind", "granularity", "group_size", "width")
 
 
@@ -43,17 +46,13 @@ def whole_batch(parts: Sequence[PackedRows], batch: int) -> tuple[PackedKeys, tu
         owners = [(part.rows, run) for part in parts for run in part.values if form_of(run) == form]
         tensors = {
             name: _spread([(rows, getattr(run, name)) for rows, run in owners], batch, 1 if name == "tokens" else 2)
-            for name in (*GROWING, "tokens")
+            for name in (*GROWING, *UNITS, "tokens")
         }
         lengths = example.lengths.new_zeros(batch)
         for rows, run in owners:
             lengths[rows] = run.lengths
         runs.append(replace(example, lengths=lengths, **tensors))
     return keys, tuple(runs)
-
-
-OF_SEQUENCES = ("order", "center")
-"""Tensors of keys that a sequence has once."""
 
 
 def form_of(run: PackedValues) -> tuple:

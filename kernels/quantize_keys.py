@@ -78,7 +78,7 @@ def check_keys(states: torch.Tensor, span: Span, order: torch.Tensor, transform:
         normal = keys.channels - keys.wide_channels
         check_packed("transform", transform, (normal, normal), torch.float32, keys.device)
     wide = {segment.offset for segment in keys.segments if segment.nbits == 2}
-    if wide - {"minimum"} or normal_kinds(keys) not in NORMAL_KINDS:
+    if wide - {"minimum"} or normal_kinds(keys) not in NORMAL_KINDS or any(segment.is_ternary for segment in keys.segments):
         raise ValueError(f"keys.segments is {keys.segments}; allowed: 2 bits with minimum, then 1 bit with {NORMAL_KINDS[1:]}")
     for name in ("scale", "offset"):
         tensor = getattr(keys, name)

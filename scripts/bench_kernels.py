@@ -57,6 +57,9 @@ RECIPES = {
     "vidkv_k110_v158_scaled": (split(12, "mean"), ("per_channel", 3, "centred")),
     "vidkv_k175_v158_scaled": (split(96, "mean"), ("per_channel", 3, "centred")),
     "vidkv_k150_v158_tokenvalue_scaled": (split(64, "mean"), ("per_token", 3, "centred")),
+    "ours_k182_v158": (
+        (Segment(12, 2, "mean"), Segment(116, 2, "mean", is_ternary=True), Segment(12, 2, "centred")), ("per_channel", 3, "mean")
+    ),
     "vidkv_k200_v200": (split(128), ("per_channel", 4, "minimum")),
     "kivi_k2_v2": (split(128), ("per_token", 4, "minimum")),
     "kivi_k1_v1": ((Segment(128, 1, "minimum"),), ("per_token", 2, "minimum")),
@@ -128,7 +131,8 @@ def time_full_precision(batch: int, tokens: int) -> dict[str, tuple[int, tuple]]
 def time_packed(batch: int, tokens: int, recipe: str) -> dict[str, tuple[int, tuple]]:
     generator = torch.Generator("cuda").manual_seed(0)
     segments, values = RECIPES[recipe]
-    form = {"heads": HEADS, "width": WIDTH, "segments": segments, "values": values}
+    metadata = torch.uint8 if recipe == "ours_k182_v158" else torch.float16
+    form = {"heads": HEADS, "width": WIDTH, "segments": segments, "values": values, "metadata": metadata}
     layer = random_layer(generator, torch.float16, [tokens - RESIDUAL] * batch, [RESIDUAL] * batch, **form)
     query = torch.randn(batch, QUERY_HEADS, 1, WIDTH, generator=generator, device="cuda").half()
     history = FragmentHistory.from_packed(layer.keys, layer.values)

@@ -26,8 +26,9 @@ from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.packed import PackedLayer
 
 HEADS, WIDTH = 2, 32
-KIVI, SCALED, PROTECTED = "kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v166_scaled"
+KIVI, SCALED, PROTECTED, OURS = "kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v166_scaled", "ours_k182_v158"
 FORMS = [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", PROTECTED]
+FORMS += [OURS]
 FUSED_SETTINGS = ["model.attn_implementation=fused", "profile.cache.rows=null", "profile.cache.keep_dense=false"]
 CUTS = [(0, 70), (70, 71), (71, 330), (330, 331), (331, 420), (420, 421), (421, 422)]
 
@@ -123,8 +124,9 @@ def poison_spare_room(step):
     parts = [(history.keys, history.max_length, history.keys.codes.shape[2] * 32)]
     parts += [(run, int(run.lengths[0]), run.entries) for run in history.values]
     for part, held, room in parts:
-        for tensor, poison in ((part.codes, -1), (part.scale, float("nan")), (part.offset, float("nan"))):
+        for tensor in (part.codes, part.scale, part.offset):
             if tensor is not None:
+                poison = {torch.int32: -1, torch.uint8: 255}.get(tensor.dtype, float("nan"))
                 tensor[:, :, tensor.shape[2] * held // room :] = poison
         if getattr(part, "tokens", None) is not None:
             part.tokens[:, held:] = 1 << 30
@@ -461,7 +463,7 @@ def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
 # The history of the CUDA kernels, without them: its bytes are those that the kernels read
 
 
-@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled"])
+@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", OURS])
 def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
     class Attend:
         """What `attend_cuda.Attend` does, in torch."""
@@ -502,7 +504,9 @@ def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one
     records = 2 * HEADS * history.max_length // 32
     residual = 2 * HEADS * 64 * 4 * (600 - history.max_length)
     # Wide channels, and the order of all of them.
-    indices = 2 * (32 + 64) if name.startswith("vidkv") else 0
-    key_bytes = records * form.key_record_bytes + indices + residual + history.lengths.nbytes + 2 * HEADS * 4
-    value_bytes = records * form.value_record_bytes + residual + 2 * HEADS * 4
+    indices = {"vidkv": 2 * (32 + 64), "ours_": 2 * HEADS * (6 + 64)}.get(name[:5], 0)
+    # Three units of 2 bytes in the quantizer's form and in the kernel's, where channels come in sixteens and imaginary ones beside real.
+    key_units, value_units = (2 * HEADS * 3 * 2 * (64 + 80), 2 * HEADS * 3 * 2 * (64 + 64)) if name == OURS else (0, 0)
+    key_bytes = records * form.key_record_bytes + indices + key_units + residual + history.lengths.nbytes + 2 * HEADS * 4
+    value_bytes = records * form.value_record_bytes + value_units + residual + 2 * HEADS * 4
     assert packed.footprint() == Footprint(key_bytes, value_bytes, 2 * HEADS * 600 * 64, 2 * HEADS * 600 * 64)

@@ -28,7 +28,14 @@ def split(width: int, wide: int, wide_offset: str, *narrow: str) -> tuple[Segmen
     return tuple(segments)
 
 
+def ternary(width: int, wide: int) -> tuple[Segment, ...]:
+    """Ternary codes, and `wide` channels of 16 levels, as two digits of 4."""
+    return (Segment(wide, 2, "mean"), Segment(width - wide, 2, "mean", is_ternary=True), Segment(wide, 2, "centred"))
+
+
 SCALED, PUBLISHED = ("minimum", "mean"), ("minimum", "none", "centred")
+FOUR_BITS = {"metadata": torch.uint8}
+OURS = {"width": 128, "segments": ternary(128, 12), "values": ("per_channel", 3, "mean"), **FOUR_BITS}
 VALUES = {
     "ternary": ("per_channel", 3, "centred"),
     "unscaled": ("per_channel", 3, "unscaled"),
@@ -41,6 +48,7 @@ VALUES = {
     "1 bit per token": ("per_token", 2, "minimum"),
     "signs per token": ("per_token", 2, "mean"),
     "codes as they are": ("per_channel", 4, "none"),
+    "ternary with mean": ("per_channel", 3, "mean"),
 }
 
 
@@ -80,6 +88,65 @@ def assert_close(fast, query, layer, scaling=None):
 def test_every_kind_of_values(values, width, dtype, segments):
     form = {"width": width, "segments": split(width, width // 2, *segments), "values": VALUES[values], "heads": 2}
     query, layer = make(dtype, [256, 77, 0], [9, 40, 1], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("values", [name for name, (granularity, *_) in VALUES.items() if granularity == "per_channel"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("keys", ["ternary", "scaled", "published"])
+def test_every_kind_of_values_with_metadata_of_4_bits(values, width, dtype, keys):
+    segments = {"ternary": ternary(width, 6), "scaled": split(width, 20, *SCALED), "published": split(width, 20, *PUBLISHED)}[keys]
+    form = {"width": width, "segments": segments, "values": VALUES[values], "heads": 2, **FOUR_BITS}
+    query, layer = make(dtype, [256, 77, 0], [9, 40, 1], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("wide", [1, 12, 33, 64])
+@pytest.mark.parametrize("metadata", [HALF, torch.uint8], ids=str)
+def test_every_share_of_channels_with_16_levels(width, wide, metadata):
+    form = {"width": width, "segments": ternary(width, min(wide, width - 1)), "values": ("per_channel", 3, "mean"), "metadata": metadata}
+    query, layer = make(HALF, [192, 33], [20, 3], 7, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("prefix", [None, 37])
+def test_groups_and_lengths_with_metadata_of_4_bits(group_size, prefix):
+    form = {**OURS, "heads": 2, "group_size": group_size, "prefix": None if prefix is None else [prefix] * 4}
+    query, layer = make(HALF, [5000, 0, 129, 1], [160, 3, 0, 2], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_a_key_bias_with_metadata_of_4_bits_stays_accurate(dtype):
+    query, layer = make(dtype, [512, 2048], [16, 1], 7, **OURS)
+    layer.keys.offset_center[..., 3] = 300.0
+    layer.keys.offset_center[..., 40] = -120.0
+    layer.keys.offset_unit[..., 3] = 2.0
+    layer.keys.scale_unit[..., 3] = 1.0
+    assert_close(run(query * 0.3, layer), query * 0.3, layer)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 30.0, 3e3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 2e3])
+def test_queries_and_units_of_any_size_stay_finite(size, scale):
+    query, layer = make(BRAIN, [512], [16], 7, **OURS)
+    for part in (layer.keys, layer.values[0]):
+        for unit in (part.scale_unit, part.offset_unit, part.offset_center):
+            unit.mul_(scale)
+    query = query * size
+    scaling = 128**-0.5 / max(1.0, size * scale)
+    assert_close(run(query, layer, scaling), query, layer, scaling)
+
+
+@pytest.mark.parametrize("ratio", [1 / 256, 256.0])
+def test_scales_and_offsets_of_very_different_size(ratio):
+    query, layer = make(HALF, [512], [16], 7, **OURS)
+    for part in (layer.keys, layer.values[0]):
+        part.scale_unit.mul_(ratio**0.5)
+        part.offset_unit.mul_(ratio**-0.5)
     assert_close(run(query, layer), query, layer)
 
 
@@ -138,6 +205,13 @@ def test_every_plan_gives_the_same(chunks, warps, blocks, splits, kinds):
     values = VALUES["ternary" if kinds is SCALED else "unscaled"]
     query, layer = make(HALF, [3000, 700], [100, 3], 7, width=128, segments=split(128, 64, *kinds), values=values)
     assert_close(run(query, layer, plan=Plan(chunks, warps, blocks, splits)), query, layer)
+
+
+@pytest.mark.parametrize("chunks, warps", [(1, 4), (2, 8), (4, 8)])
+@pytest.mark.parametrize("splits", [1, 5, 60])
+def test_every_plan_gives_the_same_with_metadata_of_4_bits(chunks, warps, splits):
+    query, layer = make(HALF, [3000, 700], [100, 3], 7, **OURS)
+    assert_close(run(query, layer, plan=Plan(chunks, warps, 1, splits)), query, layer)
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -285,6 +359,21 @@ def test_kernels_pack_as_torch_does(values, wide, group_size):
         assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
         assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
     assert torch.equal(fast.key_scale_max, plain.key_scale_max) and torch.equal(fast.value_scale_max, plain.value_scale_max)
+
+
+@pytest.mark.parametrize("values", [name for name, (granularity, *_) in VALUES.items() if granularity == "per_channel"])
+@pytest.mark.parametrize("segments", [ternary(128, 12), ternary(128, 33), split(128, 38, *SCALED)], ids=str)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_kernels_pack_metadata_of_4_bits_as_torch_does(values, segments, group_size):
+    form = {"width": 128, "heads": 2, "segments": segments, "values": VALUES[values], "group_size": group_size, **FOUR_BITS}
+    _, layer = make(HALF, [384, 100], [1, 1], 1, **form)
+    fast = FragmentHistory.from_packed(layer.keys, layer.values)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, units=fast.units, **maps(layer))
+    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
+    for row, length in enumerate((384, 100)):
+        records = -(-length // group_size)
+        assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
+        assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
 
 
 def test_more_than_2_to_the_31_bytes():

@@ -17,6 +17,7 @@ from vidkv_kernels.packed_history import PackedHistory
 
 PROMPT, STEPS = 1000, 300  # three flushes
 FORMS = ["kivi_k2_v2", "kivi_k1_v1", "vidkv_k150_v158_scaled", "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled"]
+FORMS += ["ours_k182_v158"]
 PROTECTED = "vidkv_k150_v166_scaled"
 
 
