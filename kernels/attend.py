@@ -60,7 +60,11 @@ def check_query(query: torch.Tensor, layer: PackedLayer) -> None:
 
 
 def _history_scores(queries: torch.Tensor, keys: PackedKeys) -> torch.Tensor:
-    mapped = queries if keys.rotation is None else queries @ keys.rotation.to(queries.dtype)
+    mapped = queries
+    if keys.order is not None:
+        mapped = mapped.gather(-1, keys.order.long().unsqueeze(2).expand(mapped.shape))
+    if keys.matrix is not None:
+        mapped = mapped @ keys.matrix.to(queries.dtype)
     scores = mapped @ keys.decode(queries.dtype).transpose(-1, -2)
     return scores if keys.center is None else scores + queries @ keys.center.to(queries.dtype).unsqueeze(-1)
 
@@ -81,6 +85,9 @@ def cases(device: torch.device) -> dict[str, tuple]:
     one_bit = (Segment(64, 1, "minimum"),)
     published = (Segment(32, 2, "minimum"), Segment(17, 1, "none"), Segment(15, 1, "centred"))
     few_wide = (Segment(12, 2, "minimum"), Segment(52, 1, "centred"))
+    ternary = (Segment(7, 2, "mean"), Segment(58, 2, "mean", is_ternary=True), Segment(6, 2, "centred"))
+    few_ternary = (Segment(20, 2, "minimum"), Segment(12, 2, "centred", is_ternary=True), Segment(32, 1, "centred"))
+    four_bits = {"metadata": torch.uint8}
     doubled = (Segment(32, 2, "minimum"), Segment(33, 1, "none"), Segment(31, 1, "centred"))
     calls = {
         "one token in the residual, nothing else": (half, [0], [1], {"segments": None}),
@@ -99,6 +106,8 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "groups of 128": (half, [256, 128], [7, 8], {"group_size": 128, "values": ("per_channel", 4, "minimum")}),
         "groups of 64, sign values": (single, [128], [4], {"group_size": 64, "values": ("per_channel", 2, "mean")}),
         "heads of 128 channels": (half, [96], [20], {"width": 128}),
+        "channels in another order, not mapped": (half, [96, 64], [5, 2], {"segments": few_wide, "heads": 2, "maps": ("order",)}),
+        "channels mapped, in their own order": (half, [64], [3], {"maps": ("matrix",)}),
         "five ternary values a byte": (half, [96, 32], [20, 1], {"values": ("per_channel", 3, "bytes")}),
         "protected tokens": (half, [192, 128], [6, 50], {"protected": [64, 32]}),
         "protected tokens in one sequence": (single, [96, 96], [1, 1], {"protected": [32, 0]}),
@@ -107,6 +116,16 @@ def cases(device: torch.device) -> dict[str, tuple]:
         "float8 metadata per token": (
             half, [96], [1], {"metadata": torch.float8_e4m3fn, "values": ("per_token", 4, "minimum")}
         ),
+        "ternary keys and values, 4-bit metadata": (
+            half, [256, 33], [16, 2], {"segments": ternary, "values": ("per_channel", 3, "mean"), "heads": 2, **four_bits}
+        ),
+        "ternary keys and values, 4-bit metadata, groups of 64": (
+            single, [192], [3], {"segments": ternary, "values": ("per_channel", 3, "mean"), "group_size": 64, **four_bits}
+        ),
+        "ternary keys": (half, [96], [5], {"segments": few_ternary}),
+        "min-max keys and sign values, 4-bit metadata": (single, [96], [4], {"values": ("per_channel", 2, "mean"), **four_bits}),
+        "protected tokens, 4-bit metadata": (half, [192, 128], [6, 50], {"protected": [64, 32], **four_bits}),
+        "five ternary values a byte, 4-bit metadata": (half, [64], [4], {"values": ("per_channel", 3, "bytes"), **four_bits}),
         "a key channel far above all others": (brain, [128], [16], {"center": 40.0}),
         "sequences of very different length": (brain, [512, 0, 32], [40, 5, 64], {}),
     }

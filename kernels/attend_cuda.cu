@@ -13,12 +13,15 @@
 //   KEY_STEPS       k-steps of 16 key channels; WIDE_STEPS of them, the first ones, have 2-bit codes
 //   STORED_STEPS    first k-steps that have a stored offset
 //   CHANNELS, WIDE_CHANNELS, CENTRED_FROM   key channels, those with 2-bit codes, and the first one whose middle code is not 0
+//   TERNARY, TERNARY_END   key channels with codes 0, 1, 2, from the first one to before the second
 //   CHUNKS          blocks of 32 tokens in a record, which share metadata
+//   METADATA_BITS   of scales and offsets: 16, or 4, which a unit (and for offsets a center) of each channel gives a meaning
 //   VALUE_BITS, VALUE_CENTRE (twice the middle code, if codes are centred, else 0), VALUE_STORED (offset in metadata)
 //   VALUE_SCALE     0 none, 1 per channel, 2 per token in groups of 32 channels
 //   RECORDS, WARPS, MIN_BLOCKS   records a warp takes at a time, warps a block, blocks a multiprocessor
 //   BRAIN           query, residual and output are bfloat16
-//   MAPPED          scores are of the query times a matrix; CENTERED: and of the query times a constant vector besides
+//   ORDERED         scores are of the query with its channels in another order; MAPPED: times a matrix; CENTERED: and of the query
+//                   itself times a constant vector besides
 //   PROTECTED       values of marked tokens lie in records of their own, 2-bit codes with scales and minima per channel
 //
 // Protected tokens: keys lie token after token, values in two runs of records, each token after token. A warp goes through keys and
@@ -44,18 +47,24 @@ constexpr int KEY_PAIRS = (KEY_STEPS + 1) / 2;
 constexpr int STORED_PAIRS = (STORED_STEPS + 1) / 2;
 constexpr int KEY_SCALE_AT = CHUNKS * KEY_CODES;
 constexpr int KEY_OFFSET_AT = KEY_SCALE_AT + KEY_PAIRS * 64;
-constexpr int KEY_RECORD = KEY_OFFSET_AT + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
+constexpr int KEY_RECORD =
+    METADATA_BITS == 4 ? KEY_SCALE_AT + KEY_STEPS * 16 : KEY_OFFSET_AT + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
 constexpr int FACTOR_PAIR = CENTRED_FROM / 32;
 constexpr int FACTOR_PAIRS = CENTRED_FROM < CHANNELS ? KEY_PAIRS - FACTOR_PAIR : 0;
 constexpr int OFFSET_PAIRS = STORED_PAIRS + FACTOR_PAIRS;
+constexpr int OFFSET_ROWS = METADATA_BITS == 4 ? KEY_STEPS : OFFSET_PAIRS;
 constexpr int VALUE_CODES = TILES * 64 * VALUE_BITS;
 constexpr int VALUE_WORDS = TILES * VALUE_BITS / 2;
-constexpr int VALUE_METADATA = VALUE_SCALE == 1 ? WIDTH * 2 : VALUE_SCALE == 2 ? WIDTH * 2 * CHUNKS : 0;
+constexpr int VALUE_METADATA = VALUE_SCALE == 1 ? WIDTH * METADATA_BITS / 8 : VALUE_SCALE == 2 ? WIDTH * 2 * CHUNKS : 0;
 constexpr int VALUE_SCALE_AT = CHUNKS * VALUE_CODES;
 constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
-constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED ? VALUE_METADATA : 0);
+constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED || METADATA_BITS == 4 ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
+constexpr int QUERY_ROW = WIDTH + 2;
+constexpr int MAPPED_BYTES = 8 * (MAPPED_ROW * 4 > QUERY_ROW * 2 ? MAPPED_ROW * 4 : QUERY_ROW * 2);
+constexpr int KEY_CHANNELS = KEY_STEPS * 16;
+constexpr int UNIT_BYTES = METADATA_BITS == 4 ? 3 * 2 * (KEY_CHANNELS + WIDTH) : 0;
 constexpr int CHOSEN_OFFSET_AT = CHUNKS * TILES * 128 + WIDTH * 2;
 constexpr int CHOSEN_RECORD = CHOSEN_OFFSET_AT + WIDTH * 2;
 constexpr int CHOSEN_RECORDS = 2;  // protected ones, taken at a time
@@ -70,6 +79,9 @@ constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
 constexpr float GROWTH = 8.f;
 constexpr float CODE_UNIT = 5.9604644775390625e-8f;  // 2^-24
+// Codes of 4 bits are masked in place like others: offsets in units of 2^-24, scales of 2^-20.
+constexpr u32 OFFSET_MASK = 0x000f000fu, SCALE_MASK = 0x00f000f0u;
+constexpr float SCALE_FIELD = METADATA_BITS == 4 ? 1048576.f : 1.f;
 
 static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copied in pieces of 16 bytes");
 static_assert(!PROTECTED || (QUEUE & (QUEUE - 1)) == 0, "places in queues are taken modulo their size");
@@ -194,18 +206,19 @@ struct Copies {
   }
 };
 
-// N words of this lane, as fragments.py stores them: fours, then two, then one.
-template <int N>
+// N words of this lane, of so many, as fragments.py stores them: fours, then two, then one.
+template <int N, int LANES = 32>
 __device__ __forceinline__ void load_words(u32 (&words)[N > 0 ? N : 1], const u8* from, int lane) {
+  constexpr int row = 4 * LANES;
 #pragma unroll
-  for (int i = 0; i + 4 <= N; i += 4) *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + i * 128 + lane * 16);
+  for (int i = 0; i + 4 <= N; i += 4) *reinterpret_cast<uint4*>(words + i) = *reinterpret_cast<const uint4*>(from + i * row + lane * 16);
   constexpr int done = N / 4 * 4;
   if constexpr (N % 4 >= 2) {
-    const uint2 two = *reinterpret_cast<const uint2*>(from + done * 128 + lane * 8);
+    const uint2 two = *reinterpret_cast<const uint2*>(from + done * row + lane * 8);
     words[done] = two.x;
     words[done + 1] = two.y;
   }
-  if constexpr (N % 2) words[N - 1] = *reinterpret_cast<const u32*>(from + (N - 1) * 128 + lane * 4);
+  if constexpr (N % 2) words[N - 1] = *reinterpret_cast<const u32*>(from + (N - 1) * row + lane * 4);
 }
 
 // One field of a word as an operand of the matrix units: rows g and g + 8, columns 2 t and 2 t + 8.
@@ -247,7 +260,8 @@ struct Chosen {  // protected tokens
 };
 
 __device__ __forceinline__ float middle(int channel) {
-  return channel < CENTRED_FROM || channel >= CHANNELS ? 0.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
+  if (channel < CENTRED_FROM || channel >= CHANNELS) return 0.f;
+  return channel >= TERNARY && channel < TERNARY_END ? 1.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
 }
 __device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
   return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1);
@@ -256,8 +270,9 @@ __device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
 attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
        const u16* __restrict__ query, const float* __restrict__ key_scale_max,
-       const float* __restrict__ value_scale_max, const u8* __restrict__ rotation, i64 rotation_batch, i64 rotation_head,
-       const float* __restrict__ center, i64 center_batch, i64 center_head, Part residual, Part prefix, Fresh fresh, Chosen chosen,
+       const float* __restrict__ value_scale_max, const u8* __restrict__ order, i64 order_batch, i64 order_head,
+       const u8* __restrict__ matrix, const float* __restrict__ center, i64 center_batch, i64 center_head,
+       const u16* __restrict__ key_units, const u16* __restrict__ value_units, Part residual, Part prefix, Fresh fresh, Chosen chosen,
        float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
        float exponent_scale) {
   extern __shared__ __align__(128) u8 shared[];
@@ -270,6 +285,16 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   start_dependents();
 
   // Everything small is asked for before the first of it is needed.
+#if ORDERED
+  constexpr int OWN_TILES = (TILES + WARPS - 1) / WARPS;  // every warp brings some tiles of the query into order
+  u32 places[OWN_TILES][2];
+#pragma unroll
+  for (int i = 0; i < OWN_TILES; i++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++)
+      places[i][kh] = *reinterpret_cast<const u16*>(order + batch * order_batch + head * order_head
+                                                    + 16 * min(warp + i * WARPS, TILES - 1) + 8 * kh + 2 * t);
+#endif
   const int length = keys ? lengths[batch] : 0;
   const int fresh_place = residual.lengths[batch], residual_length = fresh_place + (fresh.keys ? 1 : 0);
   const int prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
@@ -288,10 +313,35 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     for (int kh = 0; kh < 2; kh++)
       words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
 #if MAPPED
-  const u8* const matrix = rotation + batch * rotation_batch + head * rotation_head + lane * 16;
+  const u8* const own_matrix = matrix + lane * 16;
   uint4 columns[TILES];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
+  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
+#endif
+
+#if METADATA_BITS == 4
+  // Units of scales, units and centers of offsets: first of keys, then of values in the order of lanes g.
+  constexpr int KEY_PIECES = 3 * KEY_CHANNELS / 8, UNIT_PIECES = UNIT_BYTES / 16, OWN_PIECES = (UNIT_PIECES + WARPS * 32 - 1) / (WARPS * 32);
+  uint4 unit_pieces[OWN_PIECES];
+#pragma unroll
+  for (int k = 0; k < OWN_PIECES; k++) {
+    const int i = min((int)threadIdx.x + k * WARPS * 32, UNIT_PIECES - 1);
+    const u16* from = i < KEY_PIECES ? key_units + (i64)bh * 3 * KEY_CHANNELS : value_units + (i64)bh * 3 * WIDTH;
+    unit_pieces[k] = reinterpret_cast<const uint4*>(from)[i < KEY_PIECES ? i : i - KEY_PIECES];
+  }
+#endif
+  u8* const after_slots = shared + WARPS * SLOT;
+  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_ROWS][32]
+  float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_ROWS * 512);
+#if ORDERED
+  // The query, its channels as they come, while what was asked for is under way.
+  u16* const rows = reinterpret_cast<u16*>(mapped);  // [8][QUERY_ROW]
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+    if (j % WARPS == warp)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = words[j][kh];
+  __syncthreads();
 #endif
 
   // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
@@ -313,8 +363,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
   u8* const key_slot = shared + warp * SLOT;
   u8* const value_slot = key_slot + RECORDS * KEY_RECORD;
-  u8* const after_slots = shared + WARPS * SLOT;
-  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_PAIRS][32]
   const u8* const key_run = keys + ((i64)bh * capacity + first) * KEY_RECORD;
   const u8* value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
   int value_count = count;
@@ -374,6 +422,34 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   centre_own += __shfl_xor_sync(~0u, centre_own, 1);
   centre_own += __shfl_xor_sync(~0u, centre_own, 2);
 #endif
+  u8* const after_mapped = reinterpret_cast<u8*>(mapped) + MAPPED_BYTES;
+  u16* const metadata_units = reinterpret_cast<u16*>(after_mapped + TILES * 256);  // [3][KEY_CHANNELS], [3][WIDTH]
+  float* const offset_sums = reinterpret_cast<float*>(metadata_units + UNIT_BYTES / 2);  // [2][8], see below
+#if METADATA_BITS == 4
+#pragma unroll
+  for (int k = 0; k < OWN_PIECES; k++)
+    if ((int)threadIdx.x + k * WARPS * 32 < UNIT_PIECES) reinterpret_cast<uint4*>(metadata_units)[threadIdx.x + k * WARPS * 32] = unit_pieces[k];
+#endif
+#if ORDERED
+  u32* const ordered = reinterpret_cast<u32*>(after_mapped);  // [TILES][32][2]
+#pragma unroll
+  for (int i = 0; i < OWN_TILES; i++)
+    if (warp + i * WARPS < TILES)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        const u16* row = rows + g * QUERY_ROW;
+        ordered[((warp + i * WARPS) * 32 + lane) * 2 + kh] = row[places[i][kh] & 0xffu] | (u32)row[places[i][kh] >> 8] << 16;
+      }
+#endif
+  if (ORDERED || METADATA_BITS == 4) __syncthreads();
+#if ORDERED
+#pragma unroll
+  for (int j = 0; j < TILES; j++) {
+    const uint2 two = *reinterpret_cast<const uint2*>(ordered + (j * 32 + lane) * 2);
+    words[j][0] = two.x;
+    words[j][1] = two.y;
+  }
+#endif
 #if MAPPED
   // 16 key channels a warp; the query is exact but for a power of two.
   {
@@ -385,14 +461,13 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     const int e = exponent(largest(most), 0);
     shift_own = power(e);
     const float down = power(-e);
-    float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_PAIRS * 512);
     for (int step = warp; step < KEY_STEPS; step += WARPS) {
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < TILES; j++) {
         const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
         const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
-        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(matrix + (step * TILES + j) * 512);
+        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (step * TILES + j) * 512);
         mma(j % 2 ? odd : even, columns[j].x, columns[j].y, columns[j].z, columns[j].w, b0, b1, j % 2 ? odd : even);
       }
 #pragma unroll
@@ -417,6 +492,51 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       x[j][kh][1] = input_high(words[j][kh]);
     }
 #endif
+#if METADATA_BITS == 4
+  // A code of 4 bits multiplies the query times the unit. What offsets have in common is added once, to all tokens of history.
+  auto unit_of = [&](int which, int j, int kh) {
+    return *reinterpret_cast<const u32*>(metadata_units + which * KEY_CHANNELS + 16 * j + 8 * kh + 2 * t);
+  };
+  if (warp == 0) {
+    float most = 0.f, constant = 0.f, sum_of_units = 0.f;
+#pragma unroll
+    for (int j = 0; j < STORED_STEPS; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        const u32 unit = unit_of(1, j, kh), at = unit_of(2, j, kh);
+        most = fmaxf(most, fmaxf(fabsf(x[j][kh][0] * half_low(unit)), fabsf(x[j][kh][1] * half_high(unit))));
+        constant = fmaf(x[j][kh][0], half_low(at), fmaf(x[j][kh][1], half_high(at), constant));
+      }
+    const int e = exponent(largest(most), 13);
+    const float down = power(-e);
+#pragma unroll
+    for (int j = 0; j < STORED_STEPS; j++) {
+      u32 w[2];
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) {
+        const u32 unit = unit_of(1, j, kh);
+        w[kh] = pack_half(x[j][kh][0] * half_low(unit) * down, x[j][kh][1] * half_high(unit) * down);
+        sum_of_units += half_low(w[kh]) + half_high(w[kh]);
+      }
+      *reinterpret_cast<uint2*>(&offset_query[j * 32 + lane].z) = make_uint2(w[0], w[1]);
+    }
+    constant = fmaf(sum_of_units, -7.f * power(e), constant);  // as rounded, so that code 7 adds exactly nothing
+    constant += __shfl_xor_sync(~0u, constant, 1);
+    constant += __shfl_xor_sync(~0u, constant, 2);
+    if (t == 0) {
+      offset_sums[g] = shift_own * power(e);
+      offset_sums[8 + g] = shift_own * constant;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) {
+      const u32 unit = unit_of(0, j, kh);
+      x[j][kh][0] *= half_low(unit);
+      x[j][kh][1] *= half_high(unit);
+    }
+#endif
   {
     float most = 0.f;
 #pragma unroll
@@ -435,6 +555,20 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         const float f = (kh ? 0.25f : 1.f) * (j >= WIDE_STEPS && (j - WIDE_STEPS) % 2 ? 0.5f : 1.f);
         q[j][kh] = pack_half(x[j][kh][0] * f, x[j][kh][1] * f);
       }
+#if METADATA_BITS == 4
+    if (warp == 0) {
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        u32 w[2];
+#pragma unroll
+        for (int kh = 0; kh < 2; kh++) {
+          const int channel = 16 * j + 8 * kh + 2 * t;
+          w[kh] = pack_half(x[j][kh][0] * -middle(channel), x[j][kh][1] * -middle(channel + 1));
+        }
+        *reinterpret_cast<uint2*>(&offset_query[j * 32 + lane].x) = make_uint2(w[0], w[1]);
+      }
+    }
+#else
     if (warp == 0) {
 #pragma unroll
       for (int p = 0; p < OFFSET_PAIRS; p++) {
@@ -455,14 +589,15 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         offset_query[p * 32 + lane] = make_uint4(w[0][0], w[1][0], w[0][1], w[1][1]);
       }
     }
+#endif
   }
-  // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8), their offsets in units of 1; these turn them into exponents
-  // of 2, for heads 2 t and 2 t + 1.
+  // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8), their offsets in units of 1, with scales in 4 bits both smaller
+  // by those of the scales; these turn them into exponents of 2, for heads 2 t and 2 t + 1.
   const float shift0 = __shfl_sync(~0u, shift_own, 8 * t), shift1 = __shfl_sync(~0u, shift_own, 8 * t + 4);
-  const float low0 = exponent_scale * 16777216.f * shift0, low1 = exponent_scale * 16777216.f * shift1;
-  const float high0 = low0 * 0.0625f, high1 = low1 * 0.0625f, one0 = exponent_scale * shift0, one1 = exponent_scale * shift1;
-  const float centre0 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t) : 0.f;
-  const float centre1 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t + 4) : 0.f;
+  const float one0 = exponent_scale * SCALE_FIELD * shift0, one1 = exponent_scale * SCALE_FIELD * shift1;
+  const float low0 = 16777216.f * one0, low1 = 16777216.f * one1, high0 = low0 * 0.0625f, high1 = low1 * 0.0625f;
+  float centre0 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t) : 0.f;
+  float centre1 = CENTERED ? __shfl_sync(~0u, centre_own * exponent_scale, 8 * t + 4) : 0.f;
   // Probabilities are kept large, because half precision has little room below; what they are multiplied with must leave room above.
   float bias = 7.f;
   if (VALUE_SCALE == 2) {
@@ -470,7 +605,18 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     bias -= value_bound > 1.f ? (float)e : 0.f;
   }
   const u32 half_limit = (u32)((int)(bias + GROWTH) + 15) << 10;  // the running maximum is raised when it would grow by more than 2^GROWTH
-  if (OFFSET_PAIRS > 0) __syncthreads();
+  if (OFFSET_ROWS > 0) __syncthreads();
+  float stored0 = 0.f, stored1 = 0.f;  // what stored offsets in 4 bits are worth
+  if (METADATA_BITS == 4 && STORED_STEPS > 0) {
+    stored0 = exponent_scale * 16777216.f * offset_sums[2 * t];
+    stored1 = exponent_scale * 16777216.f * offset_sums[2 * t + 1];
+    centre0 = fmaf(exponent_scale, offset_sums[8 + 2 * t], centre0);
+    centre1 = fmaf(exponent_scale, offset_sums[8 + 2 * t + 1], centre1);
+  }
+  // Value channels of this lane, rows g and g + 8 of a tile: 0 unit of scales, 1 unit and 2 center of offsets.
+  auto value_unit_of = [&](int which, int m) {
+    return *reinterpret_cast<const u32*>(metadata_units + 3 * KEY_CHANNELS + which * WIDTH + (g * TILES + m) * 2);
+  };
 
 #if PROTECTED
   // Entries of both runs that belong to the tokens of this warp. Queues begin where the records of the first ones do.
@@ -668,6 +814,15 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     for (int m = 0; m < TILES; m++)
 #pragma unroll
       for (int k = 0; k < 4; k++) acc[m][k] *= CODE_UNIT * (k & 2 ? 16.f : 1.f) * (VALUE_BITS == 1 && m & 1 ? 2.f : 1.f);
+    if constexpr (METADATA_BITS == 4 && VALUE_SCALE == 1) {
+#pragma unroll
+      for (int m = 0; m < TILES; m++) {
+        const u32 unit = value_unit_of(0, m);
+        const float f = 1.f / (SCALE_FIELD * half_low(unit)), h = 1.f / (SCALE_FIELD * half_high(unit));
+#pragma unroll
+        for (int k = 0; k < 4; k++) acc[m][k] *= k & 2 ? h : f;
+      }
+    }
   }
 
   // One step over `size` records that lie in the slots, from the one at `from` on. In the tail they have arrived, and nothing comes after.
@@ -678,7 +833,22 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     constexpr int SUMS = N * CHUNKS <= 2 ? 2 : 1;
     if constexpr (!tail) copies.wait(0, key_phase);
     float offset0 = 0.f, offset1 = 0.f;  // of scores, the same for all tokens of record g
-    if constexpr (OFFSET_PAIRS > 0) {
+    if constexpr (METADATA_BITS == 4) {
+      // Rows g are scales, rows g + 8 offsets, of record g; one product is for each, and half of either is ignored.
+      float scales[4] = {0.f, 0.f, 0.f, 0.f}, offsets[4] = {0.f, 0.f, 0.f, 0.f};
+      u32 metadata[KEY_STEPS];
+      load_words<KEY_STEPS, 4>(metadata, key_slot + (from + (g < N ? g : N - 1)) * KEY_RECORD + KEY_SCALE_AT, t);
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        const u32 word = metadata[j], word8 = word >> 8;
+        const u32 a0 = word & SCALE_MASK, a1 = word & OFFSET_MASK, a2 = word8 & SCALE_MASK, a3 = word8 & OFFSET_MASK;
+        const uint4 b = offset_query[j * 32 + lane];
+        mma(scales, a0, a1, a2, a3, b.x, b.y, scales);
+        if (j < STORED_STEPS) mma(offsets, a0, a1, a2, a3, b.z, b.w, offsets);
+      }
+      offset0 = fmaf(scales[0], one0, fmaf(offsets[2], stored0, centre0));
+      offset1 = fmaf(scales[1], one1, fmaf(offsets[3], stored1, centre1));
+    } else if constexpr (OFFSET_PAIRS > 0) {
       // Rows are records. Registers 0 and 2 of a quad belong to rows g, 1 and 3 to rows g + 8; the halves that do not match are ignored.
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
       const u8* record = key_slot + (from + (g < N ? g : N - 1)) * KEY_RECORD;
@@ -697,14 +867,26 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         mma(even, a.x, a.y, a.z, a.w, b.x, b.y, even);
         mma(odd, a.x, a.y, a.z, a.w, b.z, b.w, odd);
       }
-      offset0 = even[0] + odd[2];
-      offset1 = even[1] + odd[3];
+      offset0 = fmaf(even[0] + odd[2], one0, centre0);
+      offset1 = fmaf(even[1] + odd[3], one1, centre1);
+    } else {
+      offset0 = centre0;
+      offset1 = centre1;
     }
     float s[N * CHUNKS][2][4];
 #pragma unroll
     for (int i = 0; i < N; i++) {
       const u8* record = key_slot + (from + i) * KEY_RECORD;
       u32 b[KEY_STEPS + 1][2];
+#if METADATA_BITS == 4
+      u32 metadata[KEY_STEPS];
+      load_words<KEY_STEPS, 4>(metadata, record + KEY_SCALE_AT, t);
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        b[j][0] = multiply(q[j][0], metadata[j] & SCALE_MASK);
+        b[j][1] = multiply(q[j][1], metadata[j] >> 8 & SCALE_MASK);
+      }
+#else
 #pragma unroll
       for (int p = 0; p < KEY_PAIRS; p++) {
         const uint4 scale = *reinterpret_cast<const uint4*>(record + KEY_SCALE_AT + p * 64 + t * 16);
@@ -715,6 +897,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
           b[2 * p + 1][1] = multiply(q[2 * p + 1 < KEY_STEPS ? 2 * p + 1 : 0][1], scale.w);
         }
       }
+#endif
 #pragma unroll
       for (int c = 0; c < CHUNKS; c++) {
         // Two sums, where there are too few tokens to keep the matrix units busy with one.
@@ -780,13 +963,11 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       key_phase ^= 1;
     }
 
-    offset0 = fmaf(offset0, one0, centre0);
-    offset1 = fmaf(offset1, one1, centre1);
     float o[N][2];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-      o[i][0] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
-      o[i][1] = OFFSET_PAIRS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
+      o[i][0] = OFFSET_ROWS > 0 ? __shfl_sync(~0u, offset0, i * 4 + t) : offset0;
+      o[i][1] = OFFSET_ROWS > 0 ? __shfl_sync(~0u, offset1, i * 4 + t) : offset1;
     }
     auto raise_to_these = [&](bool is_needed_anyway) {
       float x0 = NEVER, x1 = NEVER;
@@ -868,9 +1049,16 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         sum[0] += own[0];
         sum[1] += own[1];
         u32 scale[TILES];
+        u32 metadata[TILES / 2];  // of 4 bits, two tiles a word
+        if constexpr (METADATA_BITS == 4) {
+          load_words<TILES / 2, 8>(metadata, record + VALUE_SCALE_AT, g);
 #pragma unroll
-        for (int m = 0; m < TILES; m += 4)
-          *reinterpret_cast<uint4*>(scale + m) = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + g * TILES * 4 + m * 4);
+          for (int m = 0; m < TILES; m++) scale[m] = metadata[m / 2] >> 8 * (m & 1) & SCALE_MASK;
+        } else {
+#pragma unroll
+          for (int m = 0; m < TILES; m += 4)
+            *reinterpret_cast<uint4*>(scale + m) = *reinterpret_cast<const uint4*>(record + VALUE_SCALE_AT + g * TILES * 4 + m * 4);
+        }
         constexpr float centre = -0.5f * VALUE_CENTRE * CODE_UNIT;
         const float start[4] = {own[0] * centre, own[1] * centre, own[0] * (16.f * centre), own[1] * (16.f * centre)};
         float d[TILES][4];
@@ -907,7 +1095,13 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
           const u32 low = two & 0xffffu, high = two & 0xffff0000u;
 #pragma unroll
           for (int m = 0; m < TILES; m += 4) {
-            const uint4 a = *reinterpret_cast<const uint4*>(record + VALUE_OFFSET_AT + g * TILES * 4 + m * 4);
+            uint4 a;
+            if constexpr (METADATA_BITS == 4) {
+              const u32 one = metadata[m / 2], two_more = metadata[m / 2 + 1];
+              a = make_uint4(one & OFFSET_MASK, one >> 8 & OFFSET_MASK, two_more & OFFSET_MASK, two_more >> 8 & OFFSET_MASK);
+            } else {
+              a = *reinterpret_cast<const uint4*>(record + VALUE_OFFSET_AT + g * TILES * 4 + m * 4);
+            }
             mma(base[m], a.x, a.y, a.z, a.w, low, 0u, base[m]);
             mma(base[m + 1], a.x, a.y, a.z, a.w, high, 0u, base[m + 1]);
             mma(base[m + 2], a.x, a.y, a.z, a.w, 0u, low, base[m + 2]);
@@ -1109,6 +1303,13 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #endif
 
   // Merge the warps of this block: output channel by channel for each head, in units of probability.
+  u32 value_unit[3][TILES];
+  if constexpr (METADATA_BITS == 4 && VALUE_SCALE == 1) {
+#pragma unroll
+    for (int k = 0; k < 3; k++)
+#pragma unroll
+      for (int m = 0; m < TILES; m++) value_unit[k][m] = value_unit_of(k, m);
+  }
   __syncthreads();
   constexpr int ROW = WIDTH + 1;
   float* const gathered = reinterpret_cast<float*>(shared);  // [WARPS][8][ROW]
@@ -1131,14 +1332,24 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     }
     if constexpr (VALUE_SCALE == 1 && VALUE_STORED) {
       // base[4 i + 2 v + rr]: rows g belong to tile 4 i + 2 v, rows g + 8 to the next one.
-      constexpr float f = 128.f;
+      constexpr float f = METADATA_BITS == 4 ? 128.f * 16777216.f : 128.f;
       const int from = m / 4 * 4 + (m & 2);
 #pragma unroll
       for (int k = 0; k < 4; k++) extra[k] = f * base[from + (k >> 1)][(m & 1) * 2 + (k & 1)];
+      if constexpr (METADATA_BITS == 4) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+          const float one = k & 2 ? half_high(value_unit[1][m]) : half_low(value_unit[1][m]);
+          const float at = k & 2 ? half_high(value_unit[2][m]) : half_low(value_unit[2][m]);
+          extra[k] = fmaf(fmaf(-7.f, sum[k & 1], extra[k]), one, at * sum[k & 1]);
+        }
+      }
     }
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-      const float unit = (k & 2 ? 1048576.f : 16777216.f) * (VALUE_BITS == 1 && m & 1 ? 0.5f : 1.f);
+      float unit = (k & 2 ? 1048576.f : 16777216.f) * (VALUE_BITS == 1 && m & 1 ? 0.5f : 1.f);
+      if (METADATA_BITS == 4 && VALUE_SCALE == 1)
+        unit *= SCALE_FIELD * (k & 2 ? half_high(value_unit[0][m]) : half_low(value_unit[0][m]));
       gathered[(warp * 8 + 2 * t + (k & 1)) * ROW + channel_of(m, k >> 1, g)] = fmaf(acc[m][k], unit, extra[k]);
     }
   }

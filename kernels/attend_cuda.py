@@ -128,9 +128,9 @@ class Attend:
         head_blocks = -(-ratio // HEADS_AT_ONCE)
         if plan is None:
             plan = _choose(form, batch * heads * head_blocks, 0 if history is None else history.capacity, device)
-        is_mapped = history is not None and history.rotation is not None
-        is_centered = history is not None and history.center is not None
-        kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, dtype == torch.bfloat16, is_mapped, is_centered, device)
+        order, matrix, center = maps = _maps(history)
+        has_maps = tuple(tensor is not None for tensor in maps)
+        kernels = _kernels(form, plan.chunks, plan.warps, plan.blocks, dtype == torch.bfloat16, has_maps, device)
         self.device = device
         self._shape = torch.Size((batch, query_heads, 1, width))
         self._fresh_shape = torch.Size((batch, heads, 1, width))
@@ -143,14 +143,14 @@ class Attend:
         packed = [None] * 7
         if history is not None:
             packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
-            packed += [history.rotation_fragments, history.center]
-        *_, rotation, center = packed
-        keys, values, lengths, key_bound, value_bound = map(nvrtc.pointer, packed[:5])
+            packed += history.units or (None, None)
+        keys, values, lengths, key_bound, value_bound, *units = map(nvrtc.pointer, packed)
         arguments = (
             keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, self._query,
-            key_bound, value_bound, nvrtc.pointer(rotation), *_strides(rotation), nvrtc.pointer(center), *_strides(center),
-            _part(residual), _part(prefix), self._fresh, _chosen(history), self._partial, self._weights, self._out, ctypes.c_int(heads),
-            ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))), ctypes.c_float(scaling * LOG2_E),
+            key_bound, value_bound, nvrtc.pointer(order), *_strides(order), nvrtc.pointer(matrix), nvrtc.pointer(center), *_strides(center),
+            *units, _part(residual), _part(prefix), self._fresh, _chosen(history), self._partial, self._weights, self._out,
+            ctypes.c_int(heads), ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))),
+            ctypes.c_float(scaling * LOG2_E),
         )  # fmt: skip
         grid = (plan.splits, heads * head_blocks, batch)
         with torch.cuda.device(device):
@@ -227,7 +227,7 @@ class _Kernels:
 
 @functools.cache
 def _kernels(
-    form: Form, chunks: int, warps: int, blocks: int, is_brain: bool, is_mapped: bool, is_centered: bool, device: torch.device
+    form: Form, chunks: int, warps: int, blocks: int, is_brain: bool, maps: tuple[bool, bool, bool], device: torch.device
 ) -> _Kernels:
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY:
@@ -238,8 +238,7 @@ def _kernels(
         "WARPS": warps,
         "MIN_BLOCKS": blocks,
         "BRAIN": int(is_brain),
-        "MAPPED": int(is_mapped),
-        "CENTERED": int(is_centered),
+        **dict(zip(("ORDERED", "MAPPED", "CENTERED"), map(int, maps), strict=True)),
     }
     code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), constants, capability)
     shared_bytes = _shared_bytes(form, chunks, warps)
@@ -255,8 +254,10 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     if form.is_protected:
         rows = 2 * max(2 * records, 4) * form.group_size + 1  # of two queues of probabilities, 16 bytes each
         slots += warps * (form.value_record_bytes + 2 * form.protected.value_record_bytes + 16 * rows + 16)
-    mapped = 8 * (16 * form.key_steps + 4) * 4
-    return max(slots + 512 * form.offset_pairs + mapped, warps * 8 * (form.width + 3) * 4)
+    mapped = max(8 * (16 * form.key_steps + 4) * 4, 8 * (form.width + 2) * 2)
+    ordered = 16 * form.width
+    units = 6 * (16 * form.key_steps + form.width) + 64 if form.metadata_bits == 4 else 0
+    return max(slots + 512 * form.offset_rows + mapped + ordered + units, warps * 8 * (form.width + 3) * 4)
 
 
 @functools.cache
@@ -265,10 +266,8 @@ def _choose(form: Form, tiles: int, room: int, device: torch.device) -> Plan:
     properties = torch.cuda.get_device_properties(device)
     blocks_each = tiles * room / 32 / properties.multi_processor_count
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
-    if form.is_value_offset_stored:
-        warps = min(warps, 8)  # their products need registers
-    if form.is_protected:
-        warps = min(warps, 8)  # those of two kinds of values too
+    if form.is_value_offset_stored or form.metadata_bits == 4 or form.is_protected:
+        warps = min(warps, 8)  # what they add needs registers
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2
@@ -291,6 +290,11 @@ def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
         return -(-tiles * splits // slots) * (records / (splits * warps) + fixed) + (0.5 if splits > 1 else 0)
 
     return min(range(1, most + 1), key=cost)
+
+
+def _maps(history: FragmentHistory | None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """What stands between query and stored keys: order, matrix in fragments, center."""
+    return (None, None, None) if history is None else (history.order, history.matrix_fragments, history.center)
 
 
 def _strides(tensor: torch.Tensor | None) -> tuple[ctypes.c_longlong, ctypes.c_longlong]:

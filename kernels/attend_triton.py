@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vidkv_kernels.attend import check_query
-from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues
+from vidkv_kernels.packed import CENTER_CODE, FullPrecision, PackedKeys, PackedLayer, PackedValues, ternary_channels
 
 # Half a block of 32 tokens is 16 tokens: one 2-bit word of each channel. A program takes 8 halves at once and goes through their
 # tokens a few at a time, so that a word that was brought into the order of a matrix operand is unpacked 16 times without moving
@@ -26,6 +26,7 @@ CHANNELS_AT_ONCE = 32
 LOG2_E = 1.4426950408889634
 # A maximum that is lower than any score, but finite, so that differences of maxima are numbers.
 LOWEST = tl.constexpr(-1.0e30)
+CENTER = tl.constexpr(CENTER_CODE)
 
 
 def attend(query: torch.Tensor, layer: PackedLayer, scaling: float) -> torch.Tensor:
@@ -75,18 +76,17 @@ def _split_count(entries: int, rows: int) -> int:
 def _map_query(query: torch.Tensor, keys: PackedKeys | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the query as history sees it, [B, HQ, C], and what every score of history has in common, float32 [B, HQ]."""
     batch, query_heads, _, width = query.shape
-    if keys is None or (keys.rotation is None and keys.center is None):
+    if keys is None or (keys.order is None and keys.matrix is None and keys.center is None):
         return query.reshape(batch, query_heads, width), None
     mapped = torch.empty(batch, query_heads, keys.channels, dtype=torch.float32, device=query.device)
     constant = torch.empty(batch, query_heads, dtype=torch.float32, device=query.device) if keys.center is not None else None
-    rotation = query if keys.rotation is None else keys.rotation
-    center = query if keys.center is None else keys.center
     _map_query_kernel[(batch * query_heads, triton.cdiv(keys.channels, CHANNELS_AT_ONCE))](
-        query, query.stride(0), query.stride(1), rotation, *_broadcast_strides(rotation), center, *_broadcast_strides(center),
+        query, query.stride(0), query.stride(1), _or(keys.order, query), *_broadcast_strides(keys.order), _or(keys.matrix, query),
+        _or(keys.center, query), *_broadcast_strides(keys.center),
         mapped, mapped if constant is None else constant, query_heads, query_heads // keys.codes.shape[1],
         WIDTH=width, BLOCK_WIDTH=triton.next_power_of_2(width), CHANNELS=keys.channels,
-        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ROTATION=keys.rotation is not None, HAS_CENTER=constant is not None,
-        num_warps=4,
+        BLOCK_CHANNELS=CHANNELS_AT_ONCE, HAS_ORDER=keys.order is not None, HAS_MATRIX=keys.matrix is not None,
+        HAS_CENTER=constant is not None, num_warps=4,
     )  # fmt: skip
     return mapped, constant
 
@@ -124,15 +124,16 @@ def _launch_history(
     dtype: torch.dtype,
 ) -> None:
     normal = keys.channels - keys.wide_channels
+    ternary, ternary_end = ternary_channels(keys.segments)
     scale, offset = _bytes(values.scale), _bytes(values.offset)
     _history_kernel[(count, mapped.shape[0] * shared["HEADS"] * shared["HEAD_BLOCKS"])](
         mapped, mapped.stride(0), mapped.stride(1), mapped if constant is None else constant,
         keys.codes, _bytes(keys.scale), _or(_bytes(keys.offset), keys.codes),
         _or(keys.scale_unit, keys.codes), *_broadcast_strides(keys.scale_unit),
-        _or(keys.offset_unit, keys.codes), *_broadcast_strides(keys.offset_unit),
+        _or(keys.offset_unit, keys.codes), _or(keys.offset_center, keys.codes), *_broadcast_strides(keys.offset_unit),
         values.codes, _or(scale, values.codes), _or(offset, values.codes),
         _or(values.scale_unit, values.codes), *_broadcast_strides(values.scale_unit),
-        _or(values.offset_unit, values.codes), *_broadcast_strides(values.offset_unit),
+        _or(values.offset_unit, values.codes), _or(values.offset_center, values.codes), *_broadcast_strides(values.offset_unit),
         _or(values.tokens, values.codes), values.lengths,
         sums, weights, weights.stride(0), sums.shape[2], place, keys.codes.shape[2], values.entries,
         HAS_CONSTANT=constant is not None, KEY_GROUP=keys.group_size,
@@ -140,13 +141,18 @@ def _launch_history(
         STORED=keys.stored_offsets, UNCENTRED=keys.uncentred_channels,
         WIDE_HAS_BASE=keys.stored_offsets > 0 or keys.uncentred_channels < keys.wide_channels,
         NORMAL_HAS_BASE=max(keys.stored_offsets, keys.uncentred_channels) > keys.wide_channels,
-        KEY_FLOAT8=keys.scale_unit is not None, KEY_OFFSET_FLOAT8=keys.offset_unit is not None,
+        TERNARY=ternary, TERNARY_END=ternary_end, KEY_KIND=_metadata_kind(keys.scale), KEY_OFFSET_KIND=_metadata_kind(keys.offset),
         LEVELS=values.levels, IS_BYTES=values.is_bytes, MIDDLE=values.middle, VALUE_GROUP=values.group_size,
         # Without scales there are no groups, and the other form is the faster one.
         PER_TOKEN=values.granularity == "per_token" and scale is not None, HAS_SCALE=scale is not None, HAS_OFFSET=offset is not None,
-        VALUE_FLOAT8=values.scale_unit is not None, VALUE_OFFSET_FLOAT8=values.offset_unit is not None,
+        VALUE_KIND=_metadata_kind(values.scale), VALUE_OFFSET_KIND=_metadata_kind(values.offset),
         IS_GATHERED=values.tokens is not None, COMPUTE=tl.float32 if dtype == torch.float32 else tl.float16, **shared,
     )  # fmt: skip
+
+
+def _metadata_kind(tensor: torch.Tensor | None) -> int:
+    """How `_load_metadata` reads it: 0 float16, 1 float8, 2 codes of 4 bits."""
+    return 0 if tensor is None else {torch.float16: 0, torch.float8_e4m3fn: 1, torch.uint8: 2}[tensor.dtype]
 
 
 def _bytes(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -163,28 +169,31 @@ def _block(channels: int) -> int:
 
 @triton.jit
 def _map_query_kernel(
-    query_ptr, query_batch_stride, query_head_stride, rotation_ptr, rotation_batch_stride, rotation_head_stride,
+    query_ptr, query_batch_stride, query_head_stride, order_ptr, order_batch_stride, order_head_stride, matrix_ptr,
     center_ptr, center_batch_stride, center_head_stride, mapped_ptr, constant_ptr, query_heads, per_head,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
-    HAS_ROTATION: tl.constexpr, HAS_CENTER: tl.constexpr,
+    HAS_ORDER: tl.constexpr, HAS_MATRIX: tl.constexpr, HAS_CENTER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     batch, query_head = row // query_heads, row % query_heads
     head = query_head // per_head
     width, channel = tl.arange(0, BLOCK_WIDTH), tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     in_width, in_channels = width < WIDTH, channel < CHANNELS
-    query = tl.load(query_ptr + batch * query_batch_stride + query_head * query_head_stride + width, mask=in_width, other=0)
-    query = query.to(tl.float32)
-    if HAS_ROTATION:
-        start = rotation_ptr + batch * rotation_batch_stride + head * rotation_head_stride
+    query_ptr += batch * query_batch_stride + query_head * query_head_stride
+    place = width
+    if HAS_ORDER:
+        place = tl.load(order_ptr + batch * order_batch_stride + head * order_head_stride + width, mask=in_width, other=0).to(tl.int32)
+    query = tl.load(query_ptr + place, mask=in_width, other=0).to(tl.float32)
+    if HAS_MATRIX:
         inside = in_width[:, None] & in_channels[None, :]
-        rotation = tl.load(start + width[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
-        mapped = tl.sum(query[:, None] * rotation, axis=0)
+        matrix = tl.load(matrix_ptr + width[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+        mapped = tl.sum(query[:, None] * matrix, axis=0)
         tl.store(mapped_ptr + row * CHANNELS + channel, mapped, mask=in_channels)
     else:
         tl.store(mapped_ptr + row * CHANNELS + width, query, mask=in_width)
     if HAS_CENTER:
-        center = tl.load(center_ptr + batch * center_batch_stride + head * center_head_stride + width, mask=in_width, other=0)
+        # Of the query in its own order.
+        center = tl.load(center_ptr + batch * center_batch_stride + head * center_head_stride + place, mask=in_width, other=0)
         tl.store(constant_ptr + row, tl.sum(query * center, axis=0))
 
 
@@ -248,10 +257,35 @@ def _dense_kernel(
 
 
 @triton.jit
-def _load_metadata(pointers, mask, unit, IS_FLOAT8: tl.constexpr):
-    """Load float16 metadata, or float8 e4m3 in bytes, which is a float16 of other exponent bias, times `unit`, as float32."""
-    raw = tl.load(pointers, mask=mask, other=0)
-    if IS_FLOAT8:
+def _stride(COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    """Return the elements of a row of metadata."""
+    return (COLUMNS + 1) // 2 if KIND == 2 else COLUMNS
+
+
+@triton.jit
+def _load_unit(unit_ptr, column, inside, KIND: tl.constexpr):
+    """Return the unit of metadata, which float16 has none of."""
+    return tl.load(unit_ptr + column, mask=inside, other=0).to(tl.float32) if KIND else tl.zeros_like(column).to(tl.float32)
+
+
+@triton.jit
+def _load_origin(center_ptr, column, inside, unit, KIND: tl.constexpr):
+    """Return what code 0 of an offset in 4 bits means; 0 for other kinds."""
+    return tl.load(center_ptr + column, mask=inside, other=0).to(tl.float32) - CENTER * unit if KIND == 2 else unit * 0
+
+
+@triton.jit
+def _load_metadata(ptr, row, column, inside, unit, origin, COLUMNS: tl.constexpr, KIND: tl.constexpr):
+    """Load metadata of rows and columns, as float32.
+
+    KIND: 0 float16; 1 float8 e4m3 in bytes, which is a float16 of other exponent bias, times `unit`; 2 codes of 4 bits, times `unit`
+    plus `origin`.
+    """
+    if KIND == 2:
+        codes = tl.load(ptr + row * ((COLUMNS + 1) // 2) + column // 2, mask=inside, other=0).to(tl.int32)
+        return ((codes >> (column % 2 * 4)) & 15).to(tl.float32) * unit + origin
+    raw = tl.load(ptr + row * COLUMNS + column, mask=inside, other=0)
+    if KIND == 1:
         bits = raw.to(tl.int16)
         raw = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
         return raw.to(tl.float32) * 256 * unit
@@ -260,27 +294,26 @@ def _load_metadata(pointers, mask, unit, IS_FLOAT8: tl.constexpr):
 
 @triton.jit
 def _load_key_metadata(
-    scale_ptr, offset_ptr, scale_unit_ptr, offset_unit_ptr, group, is_held, FIRST: tl.constexpr, COUNT: tl.constexpr,
-    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, UNCENTRED: tl.constexpr,
-    BASE: tl.constexpr, MIDDLE: tl.constexpr, IS_FLOAT8: tl.constexpr, OFFSET_FLOAT8: tl.constexpr,
+    scale_ptr, offset_ptr, scale_unit_ptr, offset_unit_ptr, offset_center_ptr, group, is_held, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK: tl.constexpr, CHANNELS: tl.constexpr, STORED: tl.constexpr, UNCENTRED: tl.constexpr, TERNARY: tl.constexpr,
+    TERNARY_END: tl.constexpr, BASE: tl.constexpr, MIDDLE: tl.constexpr, KIND: tl.constexpr, OFFSET_KIND: tl.constexpr,
 ):  # fmt: skip
     """Return scales, and what a code BASE means, of channels FIRST .. FIRST + COUNT in some groups, float32 [groups, BLOCK].
 
-    MIDDLE is the middle of centred channels; that of the others is 0.
+    MIDDLE is the middle of centred channels that are not ternary; that of uncentred ones is 0.
     """
     channel = FIRST + tl.arange(0, BLOCK)
     in_channels = channel < FIRST + COUNT
-    unit = 1.0
-    if IS_FLOAT8:
-        unit = tl.load(scale_unit_ptr + channel, mask=in_channels, other=0).to(tl.float32)[None, :]
-    inside = is_held[:, None] & in_channels[None, :]
-    scale = _load_metadata(scale_ptr + group[:, None] * CHANNELS + channel[None, :], inside, unit, IS_FLOAT8)
-    base = scale * tl.where(channel < UNCENTRED, BASE, BASE - MIDDLE)[None, :]
+    row, column, inside = group[:, None], channel[None, :], is_held[:, None] & in_channels[None, :]
+    unit = _load_unit(scale_unit_ptr, channel, in_channels, KIND)[None, :]
+    scale = _load_metadata(scale_ptr, row, column, inside, unit, unit * 0, CHANNELS, KIND)
+    middle = tl.where((channel >= TERNARY) & (channel < TERNARY_END), 1.0, MIDDLE)
+    base = scale * tl.where(channel < UNCENTRED, BASE, BASE - middle)[None, :]
     if FIRST < STORED:
-        inside = inside & (channel < STORED)[None, :]
-        if OFFSET_FLOAT8:
-            unit = tl.load(offset_unit_ptr + channel, mask=in_channels & (channel < STORED), other=0).to(tl.float32)[None, :]
-        base += _load_metadata(offset_ptr + group[:, None] * STORED + channel[None, :], inside, unit, OFFSET_FLOAT8)
+        is_stored = in_channels & (channel < STORED)
+        unit = _load_unit(offset_unit_ptr, channel, is_stored, OFFSET_KIND)[None, :]
+        origin = _load_origin(offset_center_ptr, channel[None, :], is_stored[None, :], unit, OFFSET_KIND)
+        base += _load_metadata(offset_ptr, row, column, inside & is_stored[None, :], unit, origin, STORED, OFFSET_KIND)
     return scale, base
 
 
@@ -328,18 +361,18 @@ def _history_kernel(
     mapped_ptr, mapped_batch_stride, mapped_head_stride, constant_ptr,
     key_codes_ptr, key_scale_ptr, key_offset_ptr,
     key_scale_unit_ptr, key_scale_unit_batch_stride, key_scale_unit_head_stride,
-    key_offset_unit_ptr, key_offset_unit_batch_stride, key_offset_unit_head_stride,
+    key_offset_unit_ptr, key_offset_center_ptr, key_offset_unit_batch_stride, key_offset_unit_head_stride,
     value_codes_ptr, value_scale_ptr, value_offset_ptr,
     value_scale_unit_ptr, value_scale_unit_batch_stride, value_scale_unit_head_stride,
-    value_offset_unit_ptr, value_offset_unit_batch_stride, value_offset_unit_head_stride,
+    value_offset_unit_ptr, value_offset_center_ptr, value_offset_unit_batch_stride, value_offset_unit_head_stride,
     tokens_ptr, lengths_ptr, sums_ptr, weights_ptr, weights_stride, splits, place, key_blocks, entries, scaling,
     HAS_CONSTANT: tl.constexpr, KEY_GROUP: tl.constexpr,
     WIDE: tl.constexpr, BLOCK_WIDE: tl.constexpr, NORMAL: tl.constexpr, BLOCK_NORMAL: tl.constexpr,
     STORED: tl.constexpr, UNCENTRED: tl.constexpr, WIDE_HAS_BASE: tl.constexpr, NORMAL_HAS_BASE: tl.constexpr,
-    KEY_FLOAT8: tl.constexpr, KEY_OFFSET_FLOAT8: tl.constexpr,
+    TERNARY: tl.constexpr, TERNARY_END: tl.constexpr, KEY_KIND: tl.constexpr, KEY_OFFSET_KIND: tl.constexpr,
     LEVELS: tl.constexpr, IS_BYTES: tl.constexpr, MIDDLE: tl.constexpr, VALUE_GROUP: tl.constexpr,
     PER_TOKEN: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    VALUE_FLOAT8: tl.constexpr, VALUE_OFFSET_FLOAT8: tl.constexpr,
+    VALUE_KIND: tl.constexpr, VALUE_OFFSET_KIND: tl.constexpr,
     IS_GATHERED: tl.constexpr, COMPUTE: tl.constexpr,
     HEADS: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_HEADS: tl.constexpr, HEAD_BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -366,12 +399,14 @@ def _history_kernel(
     in_width = width < WIDTH
 
     key_codes_ptr += row * key_blocks * WORDS
-    key_scale_ptr += row * key_blocks * 32 // KEY_GROUP * CHANNELS
-    key_offset_ptr += row * key_blocks * 32 // KEY_GROUP * STORED
+    key_scale_ptr += row * key_blocks * 32 // KEY_GROUP * _stride(CHANNELS, KEY_KIND)
+    key_offset_ptr += row * key_blocks * 32 // KEY_GROUP * _stride(STORED, KEY_OFFSET_KIND)
     key_scale_unit_ptr += batch * key_scale_unit_batch_stride + head * key_scale_unit_head_stride
     key_offset_unit_ptr += batch * key_offset_unit_batch_stride + head * key_offset_unit_head_stride
+    key_offset_center_ptr += batch * key_offset_unit_batch_stride + head * key_offset_unit_head_stride
     value_scale_unit_ptr += batch * value_scale_unit_batch_stride + head * value_scale_unit_head_stride
     value_offset_unit_ptr += batch * value_offset_unit_batch_stride + head * value_offset_unit_head_stride
+    value_offset_center_ptr += batch * value_offset_unit_batch_stride + head * value_offset_unit_head_stride
     tokens_ptr += batch * entries
     VALUE_COLUMNS: tl.constexpr = WIDTH // VALUE_GROUP if PER_TOKEN else WIDTH
     if PER_TOKEN:
@@ -379,15 +414,14 @@ def _history_kernel(
         value_offset_ptr += row * entries * VALUE_COLUMNS
         column = width // VALUE_GROUP
     else:
-        value_scale_ptr += row * entries // VALUE_GROUP * WIDTH
-        value_offset_ptr += row * entries // VALUE_GROUP * WIDTH
+        value_scale_ptr += row * entries // VALUE_GROUP * _stride(WIDTH, VALUE_KIND)
+        value_offset_ptr += row * entries // VALUE_GROUP * _stride(WIDTH, VALUE_OFFSET_KIND)
         column = width
-    value_unit = 1.0
-    value_offset_unit = 1.0
-    if VALUE_FLOAT8:
-        value_unit = _as_row(tl.load(value_scale_unit_ptr + column, mask=in_width, other=0).to(tl.float32), PER_TOKEN)
-    if VALUE_OFFSET_FLOAT8:
-        value_offset_unit = _as_row(tl.load(value_offset_unit_ptr + column, mask=in_width, other=0).to(tl.float32), PER_TOKEN)
+    value_unit = _load_unit(value_scale_unit_ptr, column, in_width, VALUE_KIND)
+    value_offset_unit = _load_unit(value_offset_unit_ptr, column, in_width, VALUE_OFFSET_KIND)
+    value_origin = _as_row(_load_origin(value_offset_center_ptr, column, in_width, value_offset_unit, VALUE_OFFSET_KIND), PER_TOKEN)
+    value_unit, value_offset_unit = _as_row(value_unit, PER_TOKEN), _as_row(value_offset_unit, PER_TOKEN)
+    value_column = _as_row(column, PER_TOKEN)
     if IS_BYTES:
         BYTES: tl.constexpr = (WIDTH + 4) // 5
         value_codes_ptr += row * entries * BYTES
@@ -428,8 +462,8 @@ def _history_kernel(
                 places = key_codes_ptr + (half // 2 * WORDS + half % 2 * WIDE)[None, :, None] + wide[None, None, :]
                 wide_words = tl.load(places, mask=is_half[None, :, None] & in_wide[None, None, :], other=0).to(tl.uint32)
                 scale, base = _load_key_metadata(
-                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
-                    0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, key_offset_center_ptr, group, is_half,
+                    0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, TERNARY, TERNARY_END, 0.0, 1.5, KEY_KIND, KEY_OFFSET_KIND,
                 )  # fmt: skip
                 wide_factor, wide_base = (scale * 4)[None, :, :], base[None, :, :]
                 if WIDE_HAS_BASE and not IS_SINGLE:
@@ -438,8 +472,8 @@ def _history_kernel(
                 places = key_codes_ptr + (half // 2 * WORDS)[None, :, None] + 2 * WIDE + normal[None, None, :]
                 normal_words = tl.load(places, mask=is_half[None, :, None] & in_normal[None, None, :], other=0).to(tl.uint32)
                 scale, base = _load_key_metadata(
-                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_half,
-                    WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                    key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, key_offset_center_ptr, group, is_half,
+                    WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, TERNARY, TERNARY_END, 0.5, 0.5, KEY_KIND, KEY_OFFSET_KIND,
                 )  # fmt: skip
                 normal_factor, normal_base = (scale * -0.5)[None, :, :], base[None, :, :]
                 if NORMAL_HAS_BASE and not IS_SINGLE:
@@ -451,11 +485,15 @@ def _history_kernel(
             value_words = tl.load(value_codes_ptr + word_row[None, :, None] * WIDTH + width[None, None, :], mask=is_stored, other=0)
             value_words = value_words.to(tl.uint32)
         value_factor = tl.full([1, HALVES, BLOCK_WIDTH], FACTOR, tl.float32)
-        value_group = (half * HALF // VALUE_GROUP)[None, :, None] * WIDTH + width[None, None, :]
+        value_group = (half * HALF // VALUE_GROUP)[None, :, None]
         if STATIC_SCALE:
-            value_factor *= _load_metadata(value_scale_ptr + value_group, is_stored, value_unit, VALUE_FLOAT8)
+            value_factor *= _load_metadata(
+                value_scale_ptr, value_group, value_column, is_stored, value_unit, value_unit * 0, VALUE_COLUMNS, VALUE_KIND
+            )  # fmt: skip
         if HAS_OFFSET and IS_SINGLE and not PER_TOKEN:
-            value_offset = _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
+            value_offset = _load_metadata(
+                value_offset_ptr, value_group, value_column, is_stored, value_offset_unit, value_origin, VALUE_COLUMNS, VALUE_OFFSET_KIND
+            )  # fmt: skip
         weight_sums = tl.zeros([ROWS, BLOCK_HEADS], tl.float32)
 
         for index in range(0, HALF, AT_ONCE):
@@ -470,8 +508,8 @@ def _history_kernel(
                     inside = is_held[:, None] & in_wide[None, :]
                     wide_words = tl.load((block + token % 32 // 16 * WIDE)[:, None] + wide[None, :], mask=inside, other=0).to(tl.uint32)
                     scale, base = _load_key_metadata(
-                        key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_held,
-                        0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, 0.0, 1.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                        key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, key_offset_center_ptr, group, is_held,
+                        0, WIDE, BLOCK_WIDE, CHANNELS, STORED, UNCENTRED, TERNARY, TERNARY_END, 0.0, 1.5, KEY_KIND, KEY_OFFSET_KIND,
                     )  # fmt: skip
                     position = (token % 16 * 2).to(tl.int32)[:, None]
                     keys = _two_bits_times_scale(wide_words, position, scale * 4)
@@ -484,8 +522,8 @@ def _history_kernel(
                     inside = is_held[:, None] & in_normal[None, :]
                     normal_words = tl.load((block + 2 * WIDE)[:, None] + normal[None, :], mask=inside, other=0).to(tl.uint32)
                     scale, base = _load_key_metadata(
-                        key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, group, is_held,
-                        WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, 0.5, 0.5, KEY_FLOAT8, KEY_OFFSET_FLOAT8,
+                        key_scale_ptr, key_offset_ptr, key_scale_unit_ptr, key_offset_unit_ptr, key_offset_center_ptr, group, is_held,
+                        WIDE, NORMAL, BLOCK_NORMAL, CHANNELS, STORED, UNCENTRED, TERNARY, TERNARY_END, 0.5, 0.5, KEY_KIND, KEY_OFFSET_KIND,
                     )  # fmt: skip
                     position = (token % 32).to(tl.int32)[:, None]
                     keys = _one_bit_times_scale(normal_words, position, scale * -0.5)
@@ -516,8 +554,10 @@ def _history_kernel(
             inside = is_held[:, None] & in_width[None, :]
             factor = value_factor
             if PER_TOKEN:
-                place_of = entry.to(tl.int64)[:, None] * VALUE_COLUMNS + column[None, :]
-                factor = FACTOR * _load_metadata(value_scale_ptr + place_of, inside, value_unit, VALUE_FLOAT8)
+                value_row = entry.to(tl.int64)[:, None]
+                factor = FACTOR * _load_metadata(
+                    value_scale_ptr, value_row, value_column, inside, value_unit, value_unit * 0, VALUE_COLUMNS, VALUE_KIND
+                )  # fmt: skip
                 factor = tl.reshape(factor, [AT_ONCE, HALVES, BLOCK_WIDTH])
             if IS_BYTES:
                 digits = tl.load(value_codes_ptr + entry.to(tl.int64)[:, None] * BYTES + width[None, :] // 5, mask=inside, other=0)
@@ -534,7 +574,9 @@ def _history_kernel(
                 values += value_offset
             values = tl.reshape(values, [ROWS, BLOCK_WIDTH])
             if PER_TOKEN and HAS_OFFSET:
-                values += _load_metadata(value_offset_ptr + place_of, inside, value_offset_unit, VALUE_OFFSET_FLOAT8)
+                values += _load_metadata(
+                    value_offset_ptr, value_row, value_column, inside, value_offset_unit, value_origin, VALUE_COLUMNS, VALUE_OFFSET_KIND
+                )  # fmt: skip
             accumulator = accumulator * fading[None, :] + _dot(tl.trans(values), weights, COMPUTE)
             total = total * fading
 
@@ -542,7 +584,10 @@ def _history_kernel(
         if LATE_OFFSETS:
             offsets = value_factor * (BASE / FACTOR)
             if HAS_OFFSET:
-                offsets += _load_metadata(value_offset_ptr + value_group, is_stored, value_offset_unit, VALUE_OFFSET_FLOAT8)
+                offsets += _load_metadata(
+                    value_offset_ptr, value_group, value_column, is_stored, value_offset_unit, value_origin, VALUE_COLUMNS,
+                    VALUE_OFFSET_KIND,
+                )  # fmt: skip
             offsets = tl.trans(_to_rows(offsets, BLOCK_WIDTH))
             rounded = weight_sums.to(COMPUTE)
             accumulator += _dot_exactly(offsets, rounded, COMPUTE)

@@ -1,6 +1,6 @@
 """Growable packed history of one layer, in fragment order: what a cache fills and `attend_cuda` reads.
 
-    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, rotation=rotation)
+    history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, order=order, matrix=matrix)
     history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
     out = attend_cuda.attend(query, history, residual, scaling)
 
@@ -10,13 +10,24 @@ while the buffers have room. `reserve` gives them more, by copying, and must sta
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
 from vidkv_kernels import pack_cuda
-from vidkv_kernels.fragments import TOKEN_GROUP, Form, pack_keys, pack_rotation, pack_values, unpack_keys, unpack_values
-from vidkv_kernels.packed import PackedKeys, PackedValues, check, check_packed, pack_words
+from vidkv_kernels.fragments import (
+    TOKEN_GROUP,
+    Form,
+    matrix_fragments,
+    pack_keys,
+    pack_units,
+    pack_values,
+    unpack_keys,
+    unpack_units,
+    unpack_values,
+)
+from vidkv_kernels.packed import METADATA_CODES, PackedKeys, PackedValues, check, check_maps, check_packed, pack_key_words, pack_words
+from vidkv_kernels.packing import pack, unpack
 from vidkv_kernels.protected_values import ProtectedValues
 
 
@@ -28,12 +39,13 @@ class FragmentHistory:
         keys: uint8 [B, H, capacity / S, key_record_bytes].
         values: uint8 [B, H, capacity / S, value_record_bytes].
         lengths: int32 [B], tokens held by each sequence; what lies beyond is never used.
-        max_length: an upper bound of `lengths` known without asking the device.
-        key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision.
-        rotation: float32 [B or 1, H or 1, D, C]; a stored key k scores (q @ rotation) . k. None: the identity, C = D.
-        rotation_fragments: the same for the kernel, uint8 [B or 1, H or 1, bytes].
-        center: float32 [B or 1, H or 1, D], was subtracted from keys before rotation. None: nothing was.
-        protected: values of tokens that have others than `values`, which lie there token after token without them; None: all are alike.
+        held: upper bounds of `lengths`, known without asking the device: exactly these, unless sequences grew by an unknown number.
+        key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision. Zero for
+            metadata of 4 bits, whose range is known.
+        order, matrix, center: as in `packed.PackedKeys`.
+        matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
+        units: what metadata of 4 bits is counted in, keys and values, as `fragments.pack_units` gives it; None for float16.
+        protected: values of the tokens that are not among `values`, where the others lie token after token; None: there are none.
         version: changes whenever a buffer moves.
     """
 
@@ -45,27 +57,32 @@ class FragmentHistory:
         heads: int,
         capacity: int,
         device: torch.device | str,
-        rotation: torch.Tensor | None = None,
+        order: torch.Tensor | None = None,
+        matrix: torch.Tensor | None = None,
         center: torch.Tensor | None = None,
+        units: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
         device = torch.empty(0, device=device).device
-        if rotation is not None:
-            check_packed("rotation", rotation, ((batch, 1), (heads, 1), form.width, form.channels), torch.float32, device)
-        elif form.channels != form.width:
-            raise ValueError(f"keys have {form.channels} channels and queries {form.width}; give a rotation")
-        if center is not None:
-            check_packed("center", center, ((batch, 1), (heads, 1), form.width), torch.float32, device)
+        check_maps("", batch, heads, form.width, form.channels, device, order, matrix, center)
+        if (units is None) != (form.metadata_bits == 16):
+            found = "missing" if units is None else "given"
+            raise ValueError(f"units are {found} and metadata has {form.metadata_bits} bits; allowed: units with 4 bits only")
+        if units is not None:
+            for name, unit, columns in zip(("key", "value"), units, (16 * form.key_steps, form.width), strict=True):
+                check_packed(f"{name} units", unit, (batch, heads, 3, columns), torch.float16, device)
         self.form = form
         records = -(-capacity // form.group_size)
         self.keys = torch.empty(batch, heads, records, form.key_record_bytes, dtype=torch.uint8, device=device)
         self.values = torch.empty(batch, heads, records, form.value_record_bytes, dtype=torch.uint8, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.max_length = 0
+        self.held = [0] * batch
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
-        self.rotation = rotation
-        self.rotation_fragments = None if rotation is None else pack_rotation(form, rotation)
+        self.order = order
+        self.matrix = matrix
+        self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center
+        self.units = units
         blocks = records * form.chunks
         self.protected = ProtectedValues(form.protected, batch, heads, blocks, device) if form.is_protected else None
         self.version = 0
@@ -78,16 +95,28 @@ class FragmentHistory:
 
         Args:
             capacity: tokens to have room for, at least those of the source.
-            form: of all tokens to come; None: these show it.
+            form: as in `like`.
         Raises:
             UnsupportedForm: the kernels do not read this form.
         """
         form = Form.of(keys, values) if form is None else form
-        batch, heads = keys.codes.shape[:2]
-        room = max(_room(form, keys, values), capacity)
-        history = cls(form, batch=batch, heads=heads, capacity=room, device=keys.device, rotation=keys.rotation, center=keys.center)
+        history = cls.like(keys, values, max(_room(form, keys, values), capacity), form)
         history.append(keys, values)
         return history
+
+    @classmethod
+    def like(cls, keys: PackedKeys, values: tuple[PackedValues, ...], capacity: int, form: Form | None = None) -> FragmentHistory:
+        """Make an empty history of the form of packed tokens, with their map of the query.
+
+        Args:
+            form: of all tokens to come, some of which may be protected; None: these show it.
+        Raises:
+            UnsupportedForm: the kernels do not read this form.
+        """
+        batch, heads = keys.codes.shape[:2]
+        form = Form.of(keys, values) if form is None else form
+        maps = {"order": keys.order, "matrix": keys.matrix, "center": keys.center, "units": pack_units(form, keys, values[0])}
+        return cls(form, batch=batch, heads=heads, capacity=capacity, device=keys.device, **maps)
 
     @property
     def capacity(self) -> int:
@@ -99,24 +128,30 @@ class FragmentHistory:
         return self.keys.device
 
     @property
+    def max_length(self) -> int:
+        """An upper bound of the tokens of any sequence."""
+        return max(self.held)
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of what is held: records of `max_length` tokens, rotation and center; not the spare room of the buffers."""
-        batch, heads = self.keys.shape[:2]
-        own = batch * heads * -(-self.max_length // self.form.group_size) * self.form.key_record_bytes
-        others = (self.lengths, self.key_scale_max, self.rotation_fragments, self.center)
-        return own + self.value_nbytes + sum(tensor.nbytes for tensor in others if tensor is not None)
+        """Bytes of what is held: records, order and center; not the shared matrix, nor the spare room of the buffers."""
+        units = () if self.units is None else self.units[:1]
+        others = (self.lengths, self.key_scale_max, self.order, self.center, *units)
+        records = self._count_records([0] * len(self.held))
+        return records * self.form.key_record_bytes + self.value_nbytes + sum(t.nbytes for t in others if t is not None)
 
     @property
     def value_nbytes(self) -> int:
         """The part of `nbytes` that values take."""
-        batch, heads = self.values.shape[:2]
-        lengths = [self.max_length] * batch
-        own = self.value_scale_max.nbytes
-        if self.protected:
-            own += self.protected.nbytes(lengths)
-            lengths = [length - protected for length, protected in zip(lengths, self.protected.held, strict=True)]
-        records = sum(-(-length // self.form.group_size) for length in lengths)
-        return own + heads * records * self.form.value_record_bytes
+        units = self.units[1].nbytes if self.units else 0
+        protected = self.protected.nbytes(self.held) if self.protected else 0
+        others = self._count_records(self.protected.held if self.protected else [0] * len(self.held))
+        return others * self.form.value_record_bytes + self.value_scale_max.nbytes + units + protected
+
+    def _count_records(self, missing: list[int]) -> int:
+        """Return the number of records of all heads of all sequences, where so many tokens of each have none."""
+        pairs = zip(self.held, missing, strict=True)
+        return self.keys.shape[1] * sum(-(-(length - less) // self.form.group_size) for length, less in pairs)
 
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens in each sequence, if there is less; what is held is copied."""
@@ -132,15 +167,19 @@ class FragmentHistory:
             self.protected.reserve_blocks(records * self.form.chunks)
         self.version += 1
 
-    def append(self, keys: PackedKeys, values: tuple[PackedValues, ...], max_length: int | None = None) -> None:
+    def append(
+        self, keys: PackedKeys, values: tuple[PackedValues, ...], held: Sequence[int] | None = None, begun: Sequence[int] = ()
+    ) -> None:
         """Append tokens in place, behind what each sequence holds, which must be whole groups.
 
         Args:
             keys, values: the new tokens in the portable layout, as quantizers make them; the lengths of `values` say how many tokens
-                each sequence takes, zero for none. Runs have their tokens in ascending order. A run of protected tokens makes this
-                wait for the device, to see whether there is room.
-            max_length: upper bound of the lengths afterwards, for a caller who knows a smaller one than `self.max_length` and the
-                source's tokens together: sequences that grow in turn. Not checked, since lengths are on the device.
+                each sequence takes, zero for none. Two runs have their tokens in ascending order. A run of protected tokens is waited
+                for, and may move the buffer of their values.
+            held: tokens of each sequence afterwards, for a caller who knows them; otherwise each is taken to get all that the source
+                has room for. Not checked, since lengths are on the device.
+            begun: sequences that get their first tokens. What a sequence has once, such as the order of its channels and the units of
+                its metadata, is taken with them.
         Raises:
             UnsupportedForm: the kernels do not read this form.
             ValueError: another form than what is held, or the buffers are full: call `reserve` first.
@@ -151,10 +190,14 @@ class FragmentHistory:
         for part in values:
             check("values.codes", part.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
         tokens = _room(self.form, keys, values)
-        if max_length is None:
-            max_length = self.max_length + tokens
-        if max_length > self.capacity:
-            raise ValueError(f"{max_length} tokens do not fit into {self.capacity}; call reserve first")
+        held = [length + tokens for length in self.held] if held is None else list(held)
+        if max(held) > self.capacity:
+            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        if begun and self.order is not None and self.order.shape[0] > 1:
+            self.order[list(begun)] = keys.order[list(begun)]
+        if begun and self.units is not None:
+            for own, new in zip(self.units, pack_units(self.form, keys, run), strict=True):
+                own[list(begun)] = new[list(begun)]
         counts, places = values[0].lengths, self.lengths
         if len(values) > 1:
             counts = counts + values[1].lengths
@@ -176,39 +219,40 @@ class FragmentHistory:
             write_values(own.form, protected, own.values, self.value_scale_max, own.lengths, _entries(own.form, protected, tokens))
             own.mark(protected)
         self.lengths += counts
-        self.max_length = max_length
+        self.held = held
+
+    def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
+        """What kernels do with a single run, in torch."""
+        _write_keys(self.form, keys, self.keys, self.key_scale_max, self.lengths, run.lengths, tokens)
+        _write_values(self.form, run, self.values, self.value_scale_max, self.lengths, tokens)
 
     def unpack(self) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
         """Return a copy in the portable layout, with room for `max_length` tokens: for another backend, or to dequantize."""
         form = self.form
         records = -(-self.max_length // form.group_size)
+        key_units, value_units = unpack_units(form, self.units) if self.units else ({}, {})
         codes, scale, offset = unpack_keys(form, self.keys[:, :, :records])
-        words, start = [], 0
-        for segment in form.segments:
-            words.append(pack_words(codes[..., start : start + segment.channels], segment.nbits))
-            start += segment.channels
         keys = PackedKeys(
-            form.segments, form.group_size, torch.cat(words, dim=-1), scale.contiguous(), None if offset is None else offset.contiguous(),
-            rotation=self.rotation, center=self.center,
+            form.segments, form.group_size, pack_key_words(form.segments, codes), _stored(form, scale), _stored(form, offset),
+            **key_units, order=self.order, matrix=self.matrix, center=self.center,
         )  # fmt: skip
+        values = self.values[:, :, :records]
         if not self.protected:
-            return keys, (_read_values(form, self.values[:, :, :records], self.lengths.clone()),)
+            return keys, (_read_values(form, values, self.lengths.clone(), **value_units),)
         own = self.protected
         tokens, other_tokens = own.tokens(self.lengths, records * form.group_size)
-        protected = replace(_read_values(own.form, own.values, own.lengths.clone()), tokens=tokens)
-        others = _read_values(form, self.values[:, :, :records], self.lengths - own.lengths)
-        return keys, (protected, replace(others, tokens=other_tokens))
+        protected = _read_values(own.form, own.values, own.lengths.clone(), tokens=tokens)
+        return keys, (protected, _read_values(form, values, self.lengths - own.lengths, tokens=other_tokens))
 
     def select_batch(self, indices: torch.Tensor) -> FragmentHistory:
         """Return a copy of the sequences `indices` (integers, which may repeat), in that order."""
-        rotation, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.rotation, self.center))
-        batch = len(indices)
-        chosen = FragmentHistory(
-            self.form, batch=batch, heads=self.keys.shape[1], capacity=0, device=self.device, rotation=rotation, center=center
-        )
+        order, center = (t if t is None or t.shape[0] == 1 else t[indices] for t in (self.order, self.center))
+        units = None if self.units is None else tuple(unit[indices] for unit in self.units)
+        maps = {"order": order, "matrix": self.matrix, "center": center, "units": units}
+        chosen = FragmentHistory(self.form, batch=len(indices), heads=self.keys.shape[1], capacity=0, device=self.device, **maps)
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
-        chosen.max_length = self.max_length
+        chosen.held = [self.held[index] for index in indices.tolist()]
         if self.protected:
             chosen.protected = self.protected.select_batch(indices)
         return chosen
@@ -231,7 +275,10 @@ def _write_keys(
     groups = tokens // form.group_size
     is_new = torch.arange(0, tokens, form.group_size, device=records.device) < counts[:, None]
     scale, offset = (_cut(tensor, groups, is_new) for tensor in (keys.scale, keys.offset))
-    scale_max.copy_(torch.maximum(scale_max, scale.abs().amax(dim=(2, 3)).float()))
+    if form.metadata_bits == 4:
+        scale, offset = _nibbles(scale, form.channels), _nibbles(offset, form.stored_offsets)
+    else:
+        scale_max.copy_(torch.maximum(scale_max, scale.abs().amax(dim=(2, 3)).float()))
     row, group = is_new.nonzero(as_tuple=True)
     target = starts.long()[row] // form.group_size + group
     records[row, :, target] = pack_keys(form, keys.unpack()[:, :, :tokens], scale, offset)[row, :, group]
@@ -246,7 +293,9 @@ def _write_values(
     is_new_group = is_new[:, :: form.group_size]
     rows, is_held = (entries, is_new) if form.granularity == "per_token" else (groups, is_new_group)
     scale, offset = (_cut(tensor, rows, is_held) for tensor in (run.scale, run.offset))
-    if scale is not None:
+    if form.metadata_bits == 4:
+        scale, offset = _nibbles(scale, form.width), _nibbles(offset, form.width)
+    elif scale is not None:
         scale_max.copy_(torch.maximum(scale_max, scale.abs().amax(dim=(2, 3)).float()))
     row, group = is_new_group.nonzero(as_tuple=True)
     target = starts.long()[row] // form.group_size + group
@@ -258,10 +307,22 @@ def _cut(metadata: torch.Tensor | None, count: int, is_held: torch.Tensor) -> to
     return None if metadata is None else torch.where(is_held[:, None, :, None], metadata[:, :, :count], 0)
 
 
-def _read_values(form: Form, records: torch.Tensor, lengths: torch.Tensor) -> PackedValues:
-    """Return the entries of records in the portable layout."""
+def _read_values(form: Form, records: torch.Tensor, lengths: torch.Tensor, **others: torch.Tensor) -> PackedValues:
+    """Return the entries of records in the portable layout, with other tensors as they are given."""
     codes, scale, offset = unpack_values(form, records)
     group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
     return PackedValues(
-        lengths, form.levels, form.offset_kind, form.granularity, group_size, form.width, pack_words(codes, form.value_bits), scale, offset
-    )
+        lengths, form.levels, form.offset_kind, form.granularity, group_size, form.width,
+        pack_words(codes, form.value_bits), _stored(form, scale), _stored(form, offset), **others,
+    )  # fmt: skip
+
+
+def _nibbles(metadata: torch.Tensor | None, channels: int) -> torch.Tensor | None:
+    return None if metadata is None else unpack(metadata, METADATA_CODES, channels)
+
+
+def _stored(form: Form, metadata: torch.Tensor | None) -> torch.Tensor | None:
+    """Bring metadata out of records to how `packed` stores it."""
+    if metadata is None:
+        return None
+    return pack(metadata, METADATA_CODES) if form.metadata_bits == 4 else metadata.contiguous()

@@ -13,19 +13,25 @@ the second one bit higher. An odd last fragment of 1-bit keys fills halves of wo
 Keys of a record:   for each 32 tokens: words of 2-bit fragments, then of 1-bit fragments; then scales, then stored offsets.
 Values of a record: for each 32 tokens: words; then scales, then stored offsets.
 The 16 channels of a fragment have the same width, so some 1-bit channels may lie in 2-bit fields; missing key channels are zero.
+
+Metadata of 4 bits: scale (upper half) and offset of a channel share a byte; offsets that are not stored are zero. The word of a lane:
+    keys    channels 16 step + 8 kh + 2 t + e in byte 2 e + kh, a word for each fragment
+    values  channels of tile 2 j + parity in byte 2 rr + parity, a word for each j
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch
 
-from vidkv_kernels.packed import CENTRED_KINDS, STORED_KINDS, PackedKeys, PackedValues, Segment
+from vidkv_kernels.packed import CENTRED_KINDS, STORED_KINDS, PackedKeys, PackedValues, Segment, ternary_channels
 
 TOKENS = 32
 STEP = 16
 TOKEN_GROUP = 32
+OFFSET_ROWS_OF_UNITS = {"offset_unit": 1, "offset_center": 2}
 
 
 class UnsupportedForm(ValueError):
@@ -44,6 +50,7 @@ class Form:
         offset_kind: of values: minimum, mean, none or centred.
         granularity: of values: per_channel, or per_token in groups of 32 channels.
         is_scaled: whether values have scales; without, the scale is 1.
+        metadata_bits: of scales and offsets, 16 or 4.
         is_protected: whether some tokens have values of form `protected` instead.
     """
 
@@ -54,6 +61,7 @@ class Form:
     offset_kind: str = "centred"
     granularity: str = "per_channel"
     is_scaled: bool = True
+    metadata_bits: int = 16
     is_protected: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +71,8 @@ class Form:
             raise UnsupportedForm(f"keys have {self.channels} channels; the CUDA kernels read {2 * self.width} at most with this query")
         if not self.is_scaled and self.offset_kind in STORED_KINDS:
             raise UnsupportedForm(f"values without a scale have offset_kind {self.offset_kind!r}; the CUDA kernels read none and centred")
+        if self.is_protected and self.metadata_bits == 4:
+            raise UnsupportedForm("protected tokens beside metadata of 4 bits; the CUDA kernels read float16 there")
 
     @classmethod
     def of(cls, keys: PackedKeys, values: tuple[PackedValues, ...]) -> Form:
@@ -71,8 +81,8 @@ class Form:
         Args:
             values: one run, token after token, or two.
         Raises:
-            UnsupportedForm: it has float8 metadata, groups that differ between keys and values, or two runs none of which can be
-                that of protected tokens.
+            UnsupportedForm: it has float8 metadata or different ones, groups that differ between keys and values, or two runs none of
+                which can be that of protected tokens.
         """
         if len(values) == 1 and values[0].tokens is not None:
             raise UnsupportedForm("a single run of values that names its tokens: of what form the other run will be must be said")
@@ -86,14 +96,17 @@ class Form:
 
     @classmethod
     def _of_run(cls, keys: PackedKeys, run: PackedValues) -> Form:
-        if keys.scale_unit is not None or run.scale_unit is not None or run.offset_unit is not None:
-            raise UnsupportedForm("float8 metadata; the CUDA kernels read float16")
+        found = {tensor.dtype for tensor in (keys.scale, keys.offset, run.scale, run.offset) if tensor is not None}
+        if found not in ({torch.float16}, {torch.uint8}):
+            raise UnsupportedForm(f"metadata in {', '.join(map(str, found))}; the CUDA kernels read float16, or codes of 4 bits")
         has_metadata = run.scale is not None or run.offset is not None
         wanted = TOKEN_GROUP if run.granularity == "per_token" else keys.group_size
         if has_metadata and run.group_size != wanted:
             raise UnsupportedForm(f"values {run.granularity} in groups of {run.group_size}; the CUDA kernels read {wanted} with these keys")
         granularity = run.granularity if has_metadata else "per_channel"
-        return cls(run.width, keys.segments, keys.group_size, run.levels, run.offset_kind, granularity, run.scale is not None)
+        metadata_bits = 4 if found == {torch.uint8} else 16
+        is_scaled = run.scale is not None
+        return cls(run.width, keys.segments, keys.group_size, run.levels, run.offset_kind, granularity, is_scaled, metadata_bits)
 
     @property
     def protected(self) -> Form:
@@ -130,8 +143,13 @@ class Form:
         return sum(segment.channels for segment in self.segments)
 
     @property
-    def offset_pairs(self) -> int:
-        """Pairs of fragments whose metadata add an offset to scores: those stored, and those of channels with a middle."""
+    def offset_rows(self) -> int:
+        """Rows of 32 quads that offsets of scores are computed with.
+
+        For 4 bits a row for each fragment; else for each pair of fragments with stored offsets, and with channels that have a middle.
+        """
+        if self.metadata_bits == 4:
+            return self.key_steps
         factors = -(-self.key_steps // 2) - self.centred_from // (2 * STEP) if self.centred_from < self.channels else 0
         return -(-self.stored_steps // 2) + factors
 
@@ -185,8 +203,8 @@ class Form:
 
     @property
     def key_record_bytes(self) -> int:
-        scales = 64 * -(-self.key_steps // 2)
-        return self.chunks * self.key_codes_bytes + scales + 32 * self.stored_steps
+        metadata = 64 * -(-self.key_steps // 2) + 32 * self.stored_steps if self.metadata_bits == 16 else STEP * self.key_steps
+        return self.chunks * self.key_codes_bytes + metadata
 
     @property
     def value_codes_bytes(self) -> int:
@@ -195,17 +213,21 @@ class Form:
 
     @property
     def value_metadata_bytes(self) -> int:
-        """Of the scales of a record, and again of its stored offsets."""
+        """Of the scales of a record, and again of its stored offsets; of 4 bits: of both together."""
         if not self.is_scaled:
             return 0
+        if self.metadata_bits == 4:
+            return self.width
         return 2 * self.width * (self.chunks if self.granularity == "per_token" else 1)
 
     @property
     def value_record_bytes(self) -> int:
-        return self.chunks * self.value_codes_bytes + self.value_metadata_bytes * (2 if self.is_value_offset_stored else 1)
+        parts = 2 if self.is_value_offset_stored and self.metadata_bits == 16 else 1
+        return self.chunks * self.value_codes_bytes + self.value_metadata_bytes * parts
 
     def constants(self) -> dict[str, int]:
         """The macros that describe this form to the kernels."""
+        ternary, ternary_end = ternary_channels(self.segments)
         return {
             "WIDTH": self.width,
             "KEY_STEPS": self.key_steps,
@@ -214,6 +236,9 @@ class Form:
             "CHANNELS": self.channels,
             "WIDE_CHANNELS": sum(segment.channels for segment in self.segments if segment.nbits == 2),
             "CENTRED_FROM": self.centred_from,
+            "TERNARY": ternary,
+            "TERNARY_END": ternary_end,
+            "METADATA_BITS": self.metadata_bits,
             "CHUNKS": self.chunks,
             "VALUE_BITS": self.value_bits,
             "VALUE_CENTRE": self.value_centre,
@@ -228,8 +253,8 @@ def pack_keys(form: Form, codes: torch.Tensor, scale: torch.Tensor, offset: torc
 
     Args:
         codes: uint8 [B, H, T, C], T a multiple of S.
-        scale: float16 [B, H, T / S, C].
-        offset: float16 [B, H, T / S, stored offsets], or None if none are stored.
+        scale: float16 [B, H, T / S, C], or its codes of 4 bits in uint8.
+        offset: as scale, [B, H, T / S, stored offsets], or None if none are stored.
     Returns:
         uint8 [B, H, T / S, key_record_bytes].
     """
@@ -238,9 +263,13 @@ def pack_keys(form: Form, codes: torch.Tensor, scale: torch.Tensor, offset: torc
     fields = torch.nn.functional.pad(codes, (0, missing)).unflatten(3, (-1, 2, 4, 2)).unflatten(2, (-1, form.chunks, 2, 2, 8))
     fields = fields.permute(0, 1, 2, 3, 7, 6, 9, 4, 5, 8, 10)
     words = [_pack_fields(fields[:, :, :, :, : form.wide_steps], 2), _pack_fields(fields[:, :, :, :, form.wide_steps :], 1)]
-    parts = [torch.cat(words, dim=-1).flatten(3), _pack_key_metadata(scale, form.key_steps + form.key_steps % 2)]
-    if offset is not None:
-        parts.append(_pack_key_metadata(offset, form.stored_steps))
+    parts = [torch.cat(words, dim=-1).flatten(3)]
+    if form.metadata_bits == 4:
+        parts.append(_pack_key_nibbles(scale, offset, form.key_steps))
+    else:
+        parts.append(_pack_key_metadata(scale, form.key_steps + form.key_steps % 2))
+        if offset is not None:
+            parts.append(_pack_key_metadata(offset, form.stored_steps))
     return torch.cat(parts, dim=-1)
 
 
@@ -252,18 +281,22 @@ def unpack_keys(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, torch.
     fields = torch.cat([wide, _unpack_fields(raw[..., wide_bytes:], form.key_steps - form.wide_steps, 1)], dim=4)
     codes = fields.permute(0, 1, 2, 3, 7, 8, 5, 4, 9, 6, 10).flatten(7).flatten(2, 6)[..., : form.channels]
     metadata = records[..., code_bytes:]
+    if form.metadata_bits == 4:
+        shared = _unpack_key_nibbles(metadata, form.key_steps)
+        return codes, shared[..., : form.channels] >> 4, shared[..., : form.stored_offsets] & 15 if form.stored_offsets else None
     scale_bytes = 64 * -(-form.key_steps // 2)
     scale = _unpack_key_metadata(metadata[..., :scale_bytes])[..., : form.channels]
     offset = _unpack_key_metadata(metadata[..., scale_bytes:])[..., : form.stored_offsets] if form.stored_steps else None
     return codes, scale, offset
 
 
-def pack_rotation(form: Form, rotation: torch.Tensor) -> torch.Tensor:
-    """Bring a map of the query, float32 [.., D, C], to fragments in float16, uint8 [.., bytes]."""
-    padded = torch.nn.functional.pad(rotation, (0, form.key_steps * STEP - form.channels)).half()
-    # [.., k, kh, t, e, step, rr, g] to [.., step, k, g, t, kh, rr, e]
-    fields = padded.unflatten(-1, (-1, 2, 8)).unflatten(-4, (-1, 2, 4, 2))
-    return fields.movedim((-3, -7, -1, -5, -6, -2, -4), (-7, -6, -5, -4, -3, -2, -1)).contiguous().flatten(-7).view(torch.uint8)
+@functools.lru_cache(maxsize=64)
+def matrix_fragments(form: Form, matrix: torch.Tensor) -> torch.Tensor:
+    """Bring a map of the query, float32 [D, C], to fragments in float16, uint8 [bytes]; once for all who share that tensor."""
+    padded = torch.nn.functional.pad(matrix, (0, form.key_steps * STEP - form.channels)).half()
+    # [k, kh, t, e, step, rr, g] to [step, k, g, t, kh, rr, e]
+    fields = padded.unflatten(1, (-1, 2, 8)).unflatten(0, (-1, 2, 4, 2))
+    return fields.permute(4, 0, 6, 2, 1, 5, 3).contiguous().flatten().view(torch.uint8)
 
 
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
@@ -271,7 +304,8 @@ def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, off
 
     Args:
         codes: uint8 [B, H, T, D], T a multiple of S.
-        scale: float16, [B, H, T / S, D] (per_channel) or [B, H, T, D / 32] (per_token); None if values have none.
+        scale: float16, [B, H, T / S, D] (per_channel) or [B, H, T, D / 32] (per_token), or codes of 4 bits in uint8; None if values
+            have none.
         offset: as scale, None if none are stored.
     Returns:
         uint8 [B, H, T / S, value_record_bytes].
@@ -280,6 +314,11 @@ def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, off
     fields = codes.unflatten(3, (-1, 4, 2, 2, 2)).unflatten(2, (-1, form.chunks, 2, 2, 4, 2))
     fields = fields.permute(0, 1, 2, 3, 8, 10, 9, 12, 6, 4, 11, 5, 7).flatten(6, 7).flatten(4, 5)
     parts = [_pack_fields(fields, form.value_bits).flatten(3)]
+    if form.metadata_bits == 4 and scale is not None:
+        shared = scale * 16 if offset is None else scale * 16 + offset
+        # [.., j, g_high, tile, rr, g_low] to [.., g_high, g_low, j, rr, tile]
+        parts.append(shared.unflatten(3, (-1, 4, 2, 2, 2)).permute(0, 1, 2, 4, 7, 3, 6, 5).flatten(3))
+        scale = offset = None
     for metadata in (scale, offset):
         if metadata is None:
             continue
@@ -287,8 +326,7 @@ def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, off
             # [B, H, G, chunk, m, kh, t, e, group] to [.., chunk, group, t, m, kh, e]
             ordered = metadata.unflatten(2, (-1, form.chunks, 2, 2, 4, 2)).permute(0, 1, 2, 3, 8, 6, 4, 5, 7)
         else:
-            # [B, H, G, j, g_high, tile, rr, g_low] to [.., g_high, g_low, j, tile, rr]
-            ordered = metadata.unflatten(3, (-1, 4, 2, 2, 2)).permute(0, 1, 2, 4, 7, 3, 5, 6)
+            ordered = _value_lanes(metadata)
         parts.append(ordered.contiguous().flatten(3).view(torch.uint8))
     return torch.cat(parts, dim=-1)
 
@@ -300,15 +338,62 @@ def unpack_values(form: Form, records: torch.Tensor) -> tuple[torch.Tensor, torc
     # [B, H, G, chunk, j, tile, g_high, g_low, t, m, rr, kh, e] to [.., chunk, m, kh, t, e, j, g_high, tile, rr, g_low]
     fields = fields.unflatten(5, (4, 2)).unflatten(4, (-1, 2))
     codes = fields.permute(0, 1, 2, 3, 9, 11, 8, 12, 4, 6, 5, 10, 7).flatten(8).flatten(2, 7)
+    if form.metadata_bits == 4 and form.is_scaled:
+        shared = records[..., code_bytes:].unflatten(-1, (4, 2, -1, 2, 2)).permute(0, 1, 2, 5, 3, 7, 6, 4).flatten(3)
+        return codes, shared >> 4, shared & 15 if form.is_value_offset_stored else None
     metadata: list[torch.Tensor | None] = []
     for raw in records[..., code_bytes:].split(form.value_metadata_bytes, dim=-1) if form.is_scaled else ():
         halves = raw.contiguous().view(torch.float16)
         if form.granularity == "per_token":
             metadata.append(halves.unflatten(-1, (form.chunks, -1, 4, 2, 2, 2)).permute(0, 1, 2, 3, 6, 7, 5, 8, 4).flatten(2, 7))
         else:
-            metadata.append(halves.unflatten(-1, (4, 2, -1, 2, 2)).permute(0, 1, 2, 5, 3, 6, 7, 4).flatten(3))
+            metadata.append(_from_value_lanes(halves))
     scale, offset = (*metadata, None, None)[:2]
     return codes, scale, offset
+
+
+def pack_units(form: Form, keys: PackedKeys, run: PackedValues) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what metadata of 4 bits is counted in, as the kernels read it: unit of scales, unit and center of offsets.
+
+    Returns:
+        Of keys, float16 [B, H, 3, 16 * key_steps], and of values, float16 [B, H, 3, D] lane by lane; zeros where there are none.
+        None for metadata of 16 bits.
+    Raises:
+        ValueError: a unit of value scales that is not above zero, which kernels divide by.
+    """
+    if form.metadata_bits == 16:
+        return None
+    if run.scale_unit is not None and not (run.scale_unit > 0).all():
+        raise ValueError("values.scale_unit has elements that are not above 0; allowed: positive ones")
+    stacked = []
+    for part, width in ((keys, STEP * form.key_steps), (run, form.width)):
+        units = torch.zeros(*part.codes.shape[:2], 3, width, dtype=torch.float16, device=part.device)
+        for index, unit in enumerate((part.scale_unit, part.offset_unit, part.offset_center)):
+            if unit is not None:
+                units[:, :, index, : unit.shape[-1]] = unit
+        stacked.append(units)
+    return stacked[0], _value_lanes(stacked[1]).contiguous().flatten(3)
+
+
+def unpack_units(form: Form, units: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return units and centers of keys and of values by their names in `packed`; the inverse of `pack_units`."""
+    key_units, value_units = units[0], _from_value_lanes(units[1])
+    keys = {"scale_unit": key_units[:, :, 0, : form.channels].contiguous()}
+    if form.stored_offsets:
+        keys |= {name: key_units[:, :, row, : form.stored_offsets].contiguous() for name, row in OFFSET_ROWS_OF_UNITS.items()}
+    values = {"scale_unit": value_units[:, :, 0].contiguous()} if form.is_scaled else {}
+    if form.is_value_offset_stored:
+        values |= {name: value_units[:, :, row].contiguous() for name, row in OFFSET_ROWS_OF_UNITS.items()}
+    return keys, values
+
+
+def _value_lanes(metadata: torch.Tensor) -> torch.Tensor:
+    """Bring metadata of value channels [B, H, G, D], D being (j, g_high, tile, rr, g_low), to [.., g_high, g_low, j, tile, rr]."""
+    return metadata.unflatten(3, (-1, 4, 2, 2, 2)).permute(0, 1, 2, 4, 7, 3, 5, 6)
+
+
+def _from_value_lanes(metadata: torch.Tensor) -> torch.Tensor:
+    return metadata.unflatten(-1, (4, 2, -1, 2, 2)).permute(0, 1, 2, 5, 3, 6, 7, 4).flatten(3)
 
 
 def _pack_fields(fields: torch.Tensor, nbits: int) -> torch.Tensor:
@@ -394,3 +479,18 @@ def _unpack_key_metadata(raw: torch.Tensor) -> torch.Tensor:
     paired = halves[..., : 32 * pairs].unflatten(-1, (pairs, 4, 2, 2, 2)).transpose(-3, -2).transpose(-4, -2)
     last = halves[..., 32 * pairs :].unflatten(-1, (-1, 4, 2, 2)).transpose(-3, -2)
     return torch.cat([paired.flatten(-5), last.flatten(-4)], dim=-1)
+
+
+def _pack_key_nibbles(scale: torch.Tensor, offset: torch.Tensor | None, steps: int) -> torch.Tensor:
+    """Lay scale and offset codes of key channels [..., c] out so that the words of four fragments are neighbours, then of two, of one."""
+    shared = torch.nn.functional.pad(scale * 16, (0, steps * STEP - scale.shape[-1]))
+    if offset is not None:
+        shared = shared + torch.nn.functional.pad(offset, (0, steps * STEP - offset.shape[-1]))
+    # [.., step, kh, t, e] to [.., t, step, e, kh], for each piece
+    words = shared.unflatten(-1, (steps, 2, 4, 2)).movedim(-2, -4).transpose(-1, -2)
+    return torch.cat([words[..., start : start + count, :, :].flatten(-4) for start, count in _pieces(steps)], dim=-1)
+
+
+def _unpack_key_nibbles(raw: torch.Tensor, steps: int) -> torch.Tensor:
+    parts = [raw[..., STEP * start : STEP * (start + count)].unflatten(-1, (4, count, 2, 2)) for start, count in _pieces(steps)]
+    return torch.cat(parts, dim=-3).transpose(-1, -2).movedim(-4, -2).flatten(-4)

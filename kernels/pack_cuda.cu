@@ -1,5 +1,5 @@
 // From the portable layout of packed.py to records in fragment order; see fragments.py for both orders. A block makes one record.
-// Compile-time constants as for attend_cuda.cu, and SEGMENTS, how many segments the key channels come in.
+// Compile-time constants as for attend_cuda.cu.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -10,20 +10,26 @@ constexpr int NARROW_STEPS = KEY_STEPS - WIDE_STEPS;
 constexpr int TILES = WIDTH / 16;
 constexpr int KEY_CODES = WIDE_STEPS * 128 + NARROW_STEPS * 64;
 constexpr int KEY_PAIRS = (KEY_STEPS + 1) / 2;
-constexpr int KEY_RECORD = CHUNKS * KEY_CODES + KEY_PAIRS * 64 + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
+constexpr int KEY_WORDS = CHANNELS + WIDE_CHANNELS;  // of 32 tokens in the portable layout
+constexpr int KEY_METADATA = METADATA_BITS == 4 ? KEY_STEPS * 16 : KEY_PAIRS * 64 + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
+constexpr int KEY_RECORD = CHUNKS * KEY_CODES + KEY_METADATA;
 constexpr int VALUE_CODES = TILES * 64 * VALUE_BITS;
-constexpr int VALUE_METADATA = VALUE_SCALE == 1 ? WIDTH * 2 : VALUE_SCALE == 2 ? WIDTH * 2 * CHUNKS : 0;
-constexpr int VALUE_RECORD = CHUNKS * VALUE_CODES + VALUE_METADATA * (VALUE_STORED ? 2 : 1);
+constexpr int VALUE_METADATA = VALUE_SCALE == 1 ? WIDTH * METADATA_BITS / 8 : VALUE_SCALE == 2 ? WIDTH * 2 * CHUNKS : 0;
+constexpr int VALUE_RECORD = CHUNKS * VALUE_CODES + VALUE_METADATA * (VALUE_STORED || METADATA_BITS == 4 ? 2 : 1);
 
-struct Segments {  // of key channels: where each begins, among channels and among the words of 32 tokens
-  int first_channel[SEGMENTS + 1];
-  int first_word[SEGMENTS];
-  int bits[SEGMENTS];
-};
-
-// Code of one token of a channel, given the words of 32 tokens of a segment.
+// Code of one token of a channel, given the words of 32 tokens.
 __device__ __forceinline__ u32 code_of(const u32* words, int bits, int channels, int channel, int token) {
   return bits == 2 ? words[(token >> 4) * channels + channel] >> (2 * (token & 15)) & 3u : words[channel] >> token & 1u;
+}
+
+__device__ __forceinline__ u32 key_code_of(const u32* words, int channel, int token) {
+  if (channel < WIDE_CHANNELS) return code_of(words, 2, WIDE_CHANNELS, channel, token);
+  return code_of(words + 2 * WIDE_CHANNELS, 1, CHANNELS - WIDE_CHANNELS, channel - WIDE_CHANNELS, token);
+}
+
+// Metadata code of 4 bits of a channel, given those of a group; 0 if it has none.
+__device__ __forceinline__ u32 nibble_of(const u8* codes, int channels, int channel) {
+  return codes && channel < channels ? codes[channel >> 1] >> 4 * (channel & 1) & 15u : 0u;
 }
 
 // Where the words of lane `lane` of fragment `step` of `steps` begin, in words: fragments in fours, then two, then one.
@@ -48,18 +54,16 @@ __device__ __forceinline__ float size_of(u16 half) {
 }
 
 // Records of sequence b go behind its first `starts[b]` tokens; it has `counts[b]` new ones. Blocks: records, heads, sequences.
-extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u16* offset, i64 groups, Segments segments, int stored,
-                                     const int* starts, const int* counts, u8* records, i64 capacity, float* scale_max) {
+extern "C" __global__ void pack_keys(const u32* codes, const u8* scale, const u8* offset, i64 groups, int stored, const int* starts,
+                                     const int* counts, u8* records, i64 capacity, float* scale_max) {
   const int record = blockIdx.x, batch = blockIdx.z, thread = threadIdx.x;
   if (record * 32 * CHUNKS >= counts[batch]) return;
   const i64 bh = (i64)batch * gridDim.y + blockIdx.y, group = bh * groups + record;
   u8* const out = records + (bh * capacity + starts[batch] / (32 * CHUNKS) + record) * KEY_RECORD;
-  const int last_channels = segments.first_channel[SEGMENTS] - segments.first_channel[SEGMENTS - 1];
-  const int row_words = segments.first_word[SEGMENTS - 1] + segments.bits[SEGMENTS - 1] * last_channels;
   constexpr int PAIRS = NARROW_STEPS / 2, WORDS = WIDE_STEPS + PAIRS + NARROW_STEPS % 2;
   for (int i = thread; i < CHUNKS * WORDS * 32; i += blockDim.x) {
     const int lane = i % 32, word = i / 32 % WORDS, chunk = i / (32 * WORDS), g = lane >> 2, t = lane & 3;
-    const u32* words = codes + ((group * CHUNKS + chunk) * row_words);
+    const u32* words = codes + (group * CHUNKS + chunk) * KEY_WORDS;
     u8* const at = out + chunk * KEY_CODES;
     const bool is_wide = word < WIDE_STEPS, is_last = NARROW_STEPS % 2 && word == WORDS - 1;
     u32 packed = 0;
@@ -68,13 +72,9 @@ extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u
       for (int column = 0; column < 4; column++) {
         const int kh = column >> 1, e = column & 1, channel = 16 * step + 8 * kh + 2 * t + e;
         if (channel >= CHANNELS) continue;
-        int s = 0;
-        while (channel >= segments.first_channel[s + 1]) s++;
-        const u32* mine = words + segments.first_word[s];
-        const int channels = segments.first_channel[s + 1] - segments.first_channel[s], own = channel - segments.first_channel[s];
         for (int row = 0; row < 4; row++) {
           const int m = row >> 1, rr = row & 1;
-          const u32 code = code_of(mine, segments.bits[s], channels, own, 16 * m + 8 * rr + g);
+          const u32 code = key_code_of(words, channel, 16 * m + 8 * rr + g);
           packed |= code << (is_last ? 8 * e + m + 4 * rr + 2 * kh : 16 * e + 8 * m + 4 * rr + 2 * kh + parity);
         }
       }
@@ -83,6 +83,20 @@ extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u
     else if (is_last) reinterpret_cast<u16*>(at + WIDE_STEPS * 128 + PAIRS * 128)[lane] = (u16)packed;
     else reinterpret_cast<u32*>(at + WIDE_STEPS * 128)[lane_word(word - WIDE_STEPS, PAIRS, lane)] = packed;
   }
+#if METADATA_BITS == 4
+  for (int i = thread; i < KEY_STEPS * 16; i += blockDim.x) {
+    // The words of four fragments are neighbours in a lane t, then of two, then of one.
+    constexpr int whole = KEY_STEPS / 4 * 4, left = KEY_STEPS - whole;
+    const int word = i >> 2, kh = i & 1, e = i >> 1 & 1, at = word - whole * 4;
+    const bool is_four = at < 0, is_two = !is_four && left >= 2 && at < 8;
+    const int step = is_four ? word / 16 * 4 + word % 4 : is_two ? whole + at % 2 : KEY_STEPS - 1;
+    const int t = is_four ? word / 4 % 4 : is_two ? at / 2 : at - (left >= 2 ? 8 : 0);
+    const int channel = 16 * step + 8 * kh + 2 * t + e;
+    const u32 scale_code = nibble_of(scale + group * ((CHANNELS + 1) / 2), CHANNELS, channel);
+    const u32 offset_code = nibble_of(offset ? offset + group * ((stored + 1) / 2) : nullptr, stored, channel);
+    out[CHUNKS * KEY_CODES + i] = (u8)(scale_code << 4 | offset_code);
+  }
+#else
   u16* const halves = reinterpret_cast<u16*>(out + CHUNKS * KEY_CODES);
   float largest = 0.f;
   for (int i = thread; i < KEY_PAIRS * 32 + STORED_STEPS * 16; i += blockDim.x) {
@@ -91,15 +105,16 @@ extern "C" __global__ void pack_keys(const u32* codes, const u16* scale, const u
     const bool is_single = k / 32 >= steps / 2;
     const int step = is_single ? steps - 1 : k / 32 * 2 + (k >> 2 & 1), t = is_single ? k >> 2 & 3 : k >> 3 & 3;
     const int channel = 16 * step + 8 * kh + 2 * t + e, count = is_scale ? CHANNELS : stored;
-    const u16 half = channel < count ? (is_scale ? scale : offset)[group * count + channel] : (u16)0;
+    const u16 half = channel < count ? reinterpret_cast<const u16*>(is_scale ? scale : offset)[group * count + channel] : (u16)0;
     halves[i] = half;
     if (is_scale) largest = fmaxf(largest, size_of(half));
   }
   raise_to(scale_max + bh, largest);
+#endif
 }
 
 // `entries` is the room of the source, in tokens.
-extern "C" __global__ void pack_values(const u32* codes, const u16* scale, const u16* offset, i64 entries, const int* starts,
+extern "C" __global__ void pack_values(const u32* codes, const u8* scale, const u8* offset, i64 entries, const int* starts,
                                        const int* counts, u8* records, i64 capacity, float* scale_max) {
   const int record = blockIdx.x, batch = blockIdx.z, thread = threadIdx.x;
   if (record * 32 * CHUNKS >= counts[batch]) return;
@@ -122,6 +137,14 @@ extern "C" __global__ void pack_values(const u32* codes, const u16* scale, const
     }
     reinterpret_cast<u32*>(out + chunk * VALUE_CODES)[lane_word(word, WORDS, lane)] = packed;
   }
+#if METADATA_BITS == 4
+  for (int i = thread; i < VALUE_METADATA * 2; i += blockDim.x) {
+    const int g = i / (2 * TILES), j = i / 4 % (TILES / 2), rr = i >> 1 & 1, parity = i & 1;
+    const int channel = 32 * j + 8 * (g >> 1) + 4 * parity + 2 * rr + (g & 1);
+    const i64 from = (bh * (entries / (32 * CHUNKS)) + record) * (WIDTH / 2);
+    out[CHUNKS * VALUE_CODES + i] = (u8)(nibble_of(scale + from, WIDTH, channel) << 4 | nibble_of(offset ? offset + from : nullptr, WIDTH, channel));
+  }
+#else
   float largest = 0.f;
   u16* const halves = reinterpret_cast<u16*>(out + CHUNKS * VALUE_CODES);
   for (int i = thread; i < VALUE_METADATA / 2 * (VALUE_STORED ? 2 : 1); i += blockDim.x) {
@@ -138,9 +161,10 @@ extern "C" __global__ void pack_values(const u32* codes, const u16* scale, const
       const int rr = k & 1, tile = k / 2 % TILES, g = k / (2 * TILES);
       at = (bh * (entries / (32 * CHUNKS)) + record) * WIDTH + 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * rr + (g & 1);
     }
-    const u16 half = is_held ? (is_scale ? scale : offset)[at] : (u16)0;
+    const u16 half = is_held ? reinterpret_cast<const u16*>(is_scale ? scale : offset)[at] : (u16)0;
     halves[i] = half;
     if (is_scale) largest = fmaxf(largest, size_of(half));
   }
   if (VALUE_SCALE) raise_to(scale_max + bh, largest);
+#endif
 }

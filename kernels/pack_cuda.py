@@ -31,7 +31,7 @@ def write_keys(
     """
     arguments = (
         nvrtc.pointer(keys.codes), nvrtc.pointer(keys.scale), nvrtc.pointer(keys.offset), ctypes.c_longlong(keys.scale.shape[2]),
-        _segments(form), ctypes.c_int(form.stored_offsets), nvrtc.pointer(starts), nvrtc.pointer(counts), nvrtc.pointer(records),
+        ctypes.c_int(form.stored_offsets), nvrtc.pointer(starts), nvrtc.pointer(counts), nvrtc.pointer(records),
         ctypes.c_longlong(records.shape[2]), nvrtc.pointer(scale_max),
     )  # fmt: skip
     _launch(_kernels(form, records.device)[0], form, records, tokens, arguments)
@@ -59,25 +59,7 @@ def _launch(kernel: Any, form: Form, records: torch.Tensor, tokens: int, argumen
 
 @functools.cache
 def _kernels(form: Form, device: torch.device) -> tuple[Any, Any]:
-    constants = {**form.constants(), "SEGMENTS": len(form.segments)}
-    code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), constants, torch.cuda.get_device_capability(device))
+    code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), form.constants(), torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         module = nvrtc.load(code)
         return nvrtc.function(module, "pack_keys"), nvrtc.function(module, "pack_values")
-
-
-@functools.cache
-def _segments(form: Form) -> ctypes.Structure:
-    count = len(form.segments)
-
-    class Segments(ctypes.Structure):
-        _fields_ = [("first_channel", ctypes.c_int * (count + 1)), ("first_word", ctypes.c_int * count), ("bits", ctypes.c_int * count)]
-
-    made = Segments()
-    channel = word = 0
-    for index, segment in enumerate(form.segments):
-        made.first_channel[index], made.first_word[index], made.bits[index] = channel, word, segment.nbits
-        channel += segment.channels
-        word += segment.channels * segment.nbits
-    made.first_channel[count] = channel
-    return made

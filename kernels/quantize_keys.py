@@ -37,7 +37,7 @@ def quantize_keys_reference(
         span: tokens to take and to fill.
         order: int32 [B, D], all channels, the wide ones first; as `choose_channels` gives it.
         transform: float32 [n, n] for the n normal channels; None: none.
-        keys: buffers, written in place. Their rotation, which attention needs, is what `key_rotation` gives.
+        keys: buffers, written in place. What attention needs besides is the order, and the matrix that `key_matrix` gives.
     Returns:
         `keys`.
     Raises:
@@ -78,7 +78,7 @@ def check_keys(states: torch.Tensor, span: Span, order: torch.Tensor, transform:
         normal = keys.channels - keys.wide_channels
         check_packed("transform", transform, (normal, normal), torch.float32, keys.device)
     wide = {segment.offset for segment in keys.segments if segment.nbits == 2}
-    if wide - {"minimum"} or normal_kinds(keys) not in NORMAL_KINDS:
+    if wide - {"minimum"} or normal_kinds(keys) not in NORMAL_KINDS or any(segment.is_ternary for segment in keys.segments):
         raise ValueError(f"keys.segments is {keys.segments}; allowed: 2 bits with minimum, then 1 bit with {NORMAL_KINDS[1:]}")
     for name in ("scale", "offset"):
         tensor = getattr(keys, name)
@@ -100,21 +100,18 @@ def real_fourier(channels: int, device: torch.device) -> torch.Tensor:
     return torch.cat([real, imaginary], dim=1).float().to(device)
 
 
-def key_rotation(order: torch.Tensor, wide_channels: int, transform: torch.Tensor | None) -> torch.Tensor:
-    """Return what a query is multiplied with to meet keys stored in this order, float32 [B, 1, D, D]."""
-    batch, channels = order.shape
-    rotation = torch.zeros(batch, channels, channels, dtype=torch.float32, device=order.device)
-    ordered = torch.eye(channels, dtype=torch.float32, device=order.device)
-    if transform is not None:
-        ordered[wide_channels:, wide_channels:] = transform
-    rotation.scatter_(1, order.long().unsqueeze(-1).expand(-1, -1, channels), ordered.expand(batch, -1, -1))
-    return rotation.unsqueeze(1)
+def key_matrix(channels: int, transform: torch.Tensor) -> torch.Tensor:
+    """Return what a query of so many channels, in the order of the keys, is multiplied with to meet keys transformed like this."""
+    matrix = torch.eye(channels, dtype=torch.float32, device=transform.device)
+    wide = channels - transform.shape[0]
+    matrix[wide:, wide:] = transform
+    return matrix
 
 
 def make_keys(
     batch: int, heads: int, tokens: int, segments: tuple[Segment, ...], group_size: int, device: torch.device
 ) -> PackedKeys:
-    """Make buffers for `tokens` keys of each sequence, with a room for their rotation."""
+    """Make buffers for `tokens` keys of each sequence; their order and matrix are the caller's to give."""
     channels = sum(segment.channels for segment in segments)
     stored = sum(segment.channels for segment in segments if segment.offset in STORED_KINDS)
     words = sum(segment.nbits * segment.channels for segment in segments)
@@ -124,7 +121,6 @@ def make_keys(
         torch.empty(batch, heads, tokens // 32, words, dtype=torch.int32, device=device),
         torch.empty(batch, heads, tokens // group_size, channels, **metadata),
         torch.empty(batch, heads, tokens // group_size, stored, **metadata) if stored else None,
-        rotation=torch.zeros(batch, 1, channels, channels, dtype=torch.float32, device=device),
     )  # fmt: skip
 
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from vidkv_kernels.packed import STORED_KINDS, FullPrecision, PackedKeys, PackedLayer, PackedValues, Segment, pack_words
+from vidkv_kernels.packed import (
+    METADATA_CODES,
+    STORED_KINDS,
+    FullPrecision,
+    PackedKeys,
+    PackedLayer,
+    PackedValues,
+    Segment,
+    pack_key_words,
+    pack_words,
+)
 from vidkv_kernels.packing import pack
 
 
@@ -22,6 +34,7 @@ def random_layer(
     protected: list[int] | None = None,
     prefix: list[int] | None = None,
     metadata: torch.dtype = torch.float16,
+    maps: tuple[str, ...] | None = None,
     center: float = 0.0,
     room: int = 0,
 ) -> PackedLayer:
@@ -33,7 +46,8 @@ def random_layer(
         segments: of keys, None for no history; as many times as needed to fill `width`, unless that does not divide.
         values: granularity, levels and kind of offset; unscaled: centred, without a scale; bytes: centred, 5 codes a byte.
         protected: number of protected tokens of each sequence, chosen at random, in 2 bits.
-        metadata: float16 or float8_e4m3fn.
+        metadata: float16, float8_e4m3fn, or uint8 for codes of 4 bits.
+        maps: between query and keys, order and matrix or one of them; None: both, or none if all key channels are min-max.
         center: size of what was subtracted from keys; 0: nothing.
         room: tokens that the buffers hold, at least; rounded up to groups.
     """
@@ -41,7 +55,7 @@ def random_layer(
     residual_states, prefix_states = (None if part is None else maker.full_precision(part, dtype) for part in (residual, prefix))
     if segments is None:
         return PackedLayer(None, (), residual_states, prefix_states)
-    keys = maker.keys(history, max(*history, room), segments, center)
+    keys = maker.keys(history, max(*history, room), segments, maps, center)
     if protected is None:
         return PackedLayer(keys, (maker.values(history, max(*history, room), *values),), residual_states, prefix_states)
     orders = [torch.randperm(length, generator=generator, device=generator.device) for length in history]
@@ -78,22 +92,31 @@ class _Maker:
         keys, values = (_nan_beyond(part, lengths) for part in states)
         return FullPrecision(keys, values, self.lengths(lengths))
 
-    def keys(self, history: list[int], room: int, segments: tuple[Segment, ...], center: float) -> PackedKeys:
+    def keys(
+        self, history: list[int], room: int, segments: tuple[Segment, ...], maps: tuple[str, ...] | None, center: float
+    ) -> PackedKeys:
         fill = self.width // sum(segment.channels for segment in segments)
-        segments = tuple(Segment(s.channels * max(fill, 1), s.nbits, s.offset) for s in segments)
+        segments = tuple(replace(s, channels=s.channels * max(fill, 1)) for s in segments)
         groups, channels = self._groups(room), sum(segment.channels for segment in segments)
-        words = [pack_words(self.codes(1 << s.nbits, groups * self.group_size, s.channels), s.nbits) for s in segments]
+        codes = torch.cat([self.codes(s.levels, groups * self.group_size, s.channels) for s in segments], dim=-1)
         held = [-(-length // self.group_size) for length in history]
         stored = sum(segment.channels for segment in segments if segment.offset in STORED_KINDS)
         scale, scale_unit = self._metadata(self.normal(groups, channels).abs() + 0.1, held)
         offset, offset_unit = self._metadata(self.normal(groups, stored) * 2, held) if stored else (None, None)
-        rotation = None
-        if channels != self.width or any(segment.offset != "minimum" for segment in segments):
-            rotation = torch.linalg.qr(self.normal(channels, channels))[0][:, :1, : self.width].contiguous()
+        offset_center = self._center(offset_unit, 2)
+        if maps is None:
+            is_minmax = channels == self.width and all(segment.offset == "minimum" for segment in segments)
+            maps = () if is_minmax else ("order", "matrix")
+        order = self.normal(self.width).argsort(dim=-1).to(torch.uint8) if "order" in maps else None
+        matrix = None
+        if "matrix" in maps:
+            square = torch.randn(channels, channels, generator=self.generator, device=self.generator.device)
+            matrix = torch.linalg.qr(square)[0][: self.width].contiguous()
         constant = self.normal(self.width) * center if center else None
         return PackedKeys(
-            segments, self.group_size, torch.cat(words, dim=-1), scale, offset, scale_unit, offset_unit, rotation, constant
-        )
+            segments, self.group_size, pack_key_words(segments, codes), scale, offset, scale_unit, offset_unit, offset_center,
+            order, matrix, constant,
+        )  # fmt: skip
 
     def values(
         self, lengths: list[int], room: int, granularity: str, levels: int, kind: str, tokens: list[torch.Tensor] | None = None
@@ -117,15 +140,25 @@ class _Maker:
                 row[: len(chosen)] = chosen
         return PackedValues(
             self.lengths(lengths), levels, offset_kind, granularity, group_size, self.width, packed,
-            scale, offset, scale_unit, offset_unit, index,
+            scale, offset, scale_unit, offset_unit, self._center(offset_unit, 1), index,
         )  # fmt: skip
 
     def _groups(self, room: int) -> int:
         return -(-max(room, 1) // self.group_size)
 
+    def _center(self, unit: torch.Tensor | None, size: float) -> torch.Tensor | None:
+        if unit is None or self.metadata != torch.uint8:
+            return None
+        return (torch.randn(unit.shape, generator=self.generator, device=self.generator.device) * size).half()
+
     def _metadata(self, states: torch.Tensor, held: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.metadata == torch.float16:
             return _nan_beyond(states.half(), held), None
+        if self.metadata == torch.uint8:
+            packed = pack(self.codes(METADATA_CODES, *states.shape[2:]), METADATA_CODES)
+            for row, length in zip(packed, held, strict=True):
+                row[:, length:] = 255
+            return packed, ((self.normal(states.shape[-1]).abs() + 0.1) / 8).half()
         unit = (torch.rand(1, self.heads, states.shape[-1], generator=self.generator, device=self.generator.device) + 0.5).half() / 16
         return _nan_beyond(states / unit.unsqueeze(2).float(), held).to(self.metadata), unit
 

@@ -1,13 +1,18 @@
-"""Time whole decode steps of a 7B model on this GPU: `python scripts/bench_decode.py results` writes decode.csv and decode.md there.
+"""Time whole decode steps of a 7B model on this GPU: `python scripts/bench_decode.py results` writes decode.csv, decode.md, decode.png.
 
 The text decoder of LLaVA-OneVision 7B (Qwen2-7B: 28 layers, 28 query and 4 key/value heads, width 128) with random weights in
-bfloat16, stock Transformers code in eager mode, one new token for each sequence of the batch. Caches are filled with random
-normal keys and values, not by a prefill. Full precision writes new tokens into a preallocated buffer and attends with SDPA, once
-with the flash kernel and once with whatever PyTorch chooses; recipes run with attention `fused` and are compared with the faster of
-both. The same seeded states for every provider.
+bfloat16, stock Transformers code, one new token for each sequence of the batch. Caches are filled with random normal keys and
+values, not by a prefill; the same seeded ones for every provider. Full precision writes new tokens into a preallocated buffer and
+attends with SDPA, once with the flash kernel and once with whatever PyTorch chooses; recipes run with attention `fused`.
+
+Mode `graph`: the launches of a step are captured as a CUDA graph and repeated, as `vidkv_eval.graphs` does it for recipes. For full
+precision the whole model is captured, and the captured step is repeated at the same length: no step of a growing cache could be
+faster. Mode `eager`: launches are issued from Python, step by step. Recipes are compared with the fastest full precision of the same
+mode and shape. The steps of a recipe include one in which the residual is full and quantized, in all layers; `milliseconds` and tokens
+per second are means over all steps, percentiles are of single steps.
 
 `--memory 80` adds, at 32K tokens, the largest batch of each provider whose weights, cache and a tenth of reserve fit into 80 GB.
-Peak memory is what PyTorch allocated during the timed steps.
+Peak memory is what PyTorch allocated during the timed steps. `--plot-only` draws the plot again from decode.csv, without a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +21,11 @@ import argparse
 import contextlib
 import csv
 import datetime
+import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +36,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vidkv_eval.attention import use_attention
 from vidkv_eval.cache import QuantizedCache
+from vidkv_eval.graphs import STEPS_BEFORE
 from vidkv_eval.mini.full_size import QWEN2_7B
+from vidkv_eval.prompt import Prompt
+from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.recipe import load_recipe
 
 # cuDNN, which PyTorch may prefer, plans anew for each length that it has not seen, as every step of a growing cache is.
@@ -40,14 +49,18 @@ FULL = {
         SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH,
     ],  # fmt: skip
 }
-RECIPES = ("kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v158_published")
-SHAPES = tuple((1, tokens << 10) for tokens in (4, 8, 32, 128)) + ((8, 8192), (8, 32768))
+MAIN = ("kivi_k2_v2", "vidkv_k150_v158_scaled")
+RECIPES = (*MAIN, "vidkv_k150_v158_published", "vidkv_k150_v166_scaled", "ours_k182_v158")
+SHAPES = tuple((1, tokens << 10) for tokens in (2, 4, 8, 32, 128)) + ((8, 8192), (8, 32768), (28, 32768))
+EAGER_SHAPES = ((1, 8192), (1, 32768), (8, 32768))
+ALL_RECIPES_AT = (8, 32768)
 EQUAL_MEMORY_TOKENS = 32768
-WARM_UP, STEPS = 4, 16
+WARM_UP, STEPS = STEPS_BEFORE + 3, 128  # a residual of 128 tokens is full once
 FILLED_AT_ONCE = 4
 HEADS, WIDTH = QWEN2_7B["num_key_value_heads"], 128
 COLUMNS = (
-    "provider", "batch", "tokens", "milliseconds", "p20", "p80", "tokens_per_second", "times_faster", "peak_gib", "cache_gib", "note",
+    "mode", "provider", "batch", "tokens", "milliseconds", "p20", "p80", "tokens_per_second", "times_faster", "peak_gib", "cache_gib",
+    "note",
 )  # fmt: skip
 
 
@@ -109,6 +122,10 @@ def fill(model: Qwen2ForCausalLM, provider: str, batch: int, tokens: int) -> Cac
         # Many sequences are copies of few, which saves the memory that quantizing them all at once would take.
         alone = next(size for size in range(min(batch, FILLED_AT_ONCE), 0, -1) if batch % size == 0)
         repeats = batch // alone
+        # Recipes that protect visual tokens take all but the last hundred for visual, and a fifth of them, spread evenly, for salient.
+        visual = torch.arange(tokens) < tokens - 100
+        marks = TokenMarks(visual, torch.arange(tokens) % 5.0)
+        cache.describe_prompt(Prompt((0,) * alone, (marks,) * alone))
     generator = torch.Generator("cuda").manual_seed(1)
     for layer in range(layers):
         states = [torch.randn(alone, HEADS, tokens, WIDTH, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -118,27 +135,56 @@ def fill(model: Qwen2ForCausalLM, provider: str, batch: int, tokens: int) -> Cac
     return cache
 
 
+def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, mode: str) -> Callable[[], torch.Tensor]:
+    """Return a function that does a decode step and returns logits."""
+    ids = torch.randint(0, 1000, (batch, 1), device="cuda")
+    if provider not in FULL or mode == "eager":
+
+        def step() -> torch.Tensor:
+            with sdpa_kernel(FULL[provider]) if provider in FULL else contextlib.nullcontext():
+                return model(input_ids=ids, past_key_values=cache).logits
+
+        return step
+    length = cache.get_seq_length()
+    positions = torch.full((1, 1), length, device="cuda")
+    for captures in (False, True):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph) if captures else contextlib.nullcontext(), sdpa_kernel(FULL[provider]):
+            logits = model(input_ids=ids, position_ids=positions, past_key_values=cache).logits
+        for layer in cache.layers:
+            layer.length = length
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return logits
+
+    return replay
+
+
 @torch.no_grad()
-def measure(model: Qwen2ForCausalLM, provider: str, batch: int, tokens: int) -> dict:
-    use_attention(model, "sdpa" if provider in FULL else "fused")
+def measure(model: Qwen2ForCausalLM, mode: str, provider: str, batch: int, tokens: int) -> dict:
+    use_attention(model, "sdpa" if provider in FULL else "fused", graphs=mode == "graph")
     before = torch.cuda.memory_allocated()
     cache = fill(model, provider, batch, tokens)
     torch.cuda.synchronize()
     held = torch.cuda.memory_allocated() - before
     torch.cuda.reset_peak_memory_stats()
-    ids = torch.randint(0, 1000, (batch, 1), device="cuda")
-    times = []
+    step = make_step(model, cache, provider, batch, mode)
+    replayed, times = getattr(model.get_decoder().forward, "replays", 0), []
     for _ in range(WARM_UP + STEPS):
         started = time.perf_counter()
-        with sdpa_kernel(FULL[provider]) if provider in FULL else contextlib.nullcontext():
-            logits = model(input_ids=ids, past_key_values=cache).logits
+        logits = step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     assert logits.isfinite().all(), f"{provider}: logits are not finite"
-    p20, median, p80 = (statistics.quantiles(times[WARM_UP:], n=10)[index] for index in (1, 4, 7))
+    times = times[WARM_UP:]
+    if mode == "graph" and provider not in FULL:
+        replays = model.get_decoder().forward.replays - replayed
+        assert replays >= STEPS - STEPS_BEFORE - 2, f"{provider}: only {replays} of {STEPS} steps were repeated as graphs"
+    tenths, mean = statistics.quantiles(times, n=10), statistics.mean(times)
     return {
-        "provider": provider, "batch": batch, "tokens": tokens, "milliseconds": 1e3 * median, "p20": 1e3 * p20, "p80": 1e3 * p80,
-        "tokens_per_second": batch / median, "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "cache_gib": held / 2**30,
+        "milliseconds": 1e3 * mean, "p20": 1e3 * tenths[1], "p80": 1e3 * tenths[7],
+        "tokens_per_second": batch / mean, "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "cache_gib": held / 2**30,
     }  # fmt: skip
 
 
@@ -155,60 +201,74 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--memory", type=int, nargs="*", default=[40, 80, 140], help="GB of the equal-memory rows")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES))
+    parser.add_argument("--plot-only", action="store_true")
     arguments = parser.parse_args()
+    if arguments.plot_only:
+        plot(arguments.folder)
+        return
     if not torch.cuda.is_available():
         parser.error("no GPU is visible to torch")
     model = make_model()
-    providers = [*FULL, *arguments.recipes]
     rows: list[dict] = []
+    best: dict[tuple, float] = {}
 
-    def add(provider: str, batch: int, tokens: int, note: str, base: float | None) -> float | None:
+    def add(mode: str, provider: str, batch: int, tokens: int, note: str = "") -> dict:
+        key = (mode, note) if note else (mode, batch, tokens)
+        row = {"mode": mode, "provider": provider, "batch": batch, "tokens": tokens, "note": note}
         try:
-            row = measure(model, provider, batch, tokens)
+            row |= measure(model, mode, provider, batch, tokens)
+            if provider in FULL:
+                best[key] = max(best.get(key, 0.0), row["tokens_per_second"])
+            elif key in best:
+                row["times_faster"] = row["tokens_per_second"] / best[key]
         except torch.OutOfMemoryError:
-            row = {"provider": provider, "batch": batch, "tokens": tokens}
-            note = (note + "; " if note else "") + "does not fit"
+            row["note"] = (note + "; " if note else "") + "does not fit"
         torch.cuda.empty_cache()
-        speed = row.get("tokens_per_second")
-        faster = speed / base if speed and base else None
-        rows.append(row | {"note": note, "times_faster": faster})
-        found = (f"{name} {row[name]:.2f}" for name in ("milliseconds", "peak_gib") if name in row)
-        print(provider, batch, tokens, *found, note, flush=True)
+        rows.append(row)
+        found = (f"{name} {row[name]:.2f}" for name in ("milliseconds", "times_faster", "peak_gib") if name in row)
+        print(mode, provider, batch, tokens, *found, row["note"], flush=True)
         write(rows, arguments.folder)
-        return speed
+        return row
 
-    per_token: dict[str, float] = {}
+    bytes_of_sequence: dict[str, float] = {}
     for batch, tokens in SHAPES:
-        base = None
-        for provider in providers:
-            speed = add(provider, batch, tokens, "", base)
-            base = max(speed or 0, base or 0) if provider in FULL else base
-            if tokens == EQUAL_MEMORY_TOKENS and batch == 8 and "cache_gib" in rows[-1]:
-                per_token[provider] = rows[-1]["cache_gib"] * 2**30 / batch
+        recipes = [name for name in arguments.recipes if name in MAIN or (batch, tokens) == ALL_RECIPES_AT]
+        for mode in ("graph", "eager") if (batch, tokens) in EAGER_SHAPES else ("graph",):
+            # What PyTorch chooses plans anew in each eager step; one shape shows it.
+            full = list(FULL) if mode == "graph" or batch > 1 else list(FULL)[:1]
+            for provider in (*full, *recipes):
+                row = add(mode, provider, batch, tokens)
+                if (batch, tokens) == ALL_RECIPES_AT and "cache_gib" in row:
+                    bytes_of_sequence[provider] = row["cache_gib"] * 2**30 / batch
     for memory in arguments.memory:
-        base = None
-        for provider, batch in largest_batches(model, memory, per_token):
-            speed = add(provider, batch, EQUAL_MEMORY_TOKENS, f"largest batch in {memory} GB", base)
-            base = max(speed or 0, base or 0) if provider in FULL else base
+        for provider, batch in largest_batches(model, memory, bytes_of_sequence):
+            add("graph", provider, batch, EQUAL_MEMORY_TOKENS, f"largest batch in {memory} GB")
+    plot(arguments.folder)
 
 
 def write(rows: list[dict], folder: Path) -> None:
     """Write decode.csv and decode.md."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "decode.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     gpu = torch.cuda.get_device_properties(0)
+    _, setting, modes, _ = __doc__.split("\n\n")
     lines = [
         "# Decode steps of a 7B model, measured",
         "",
         f"{gpu.name}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}; {STEPS} steps after {WARM_UP}. Made by "
         f"`python {' '.join(sys.argv)}`.",
         "",
-        " ".join(__doc__.split("\n\n")[1].split()),
+        " ".join(setting.split()),
         "",
-        "`times faster`: tokens per second over the best of full precision that stands above, of the same shape or memory.",
+        " ".join(modes.split()),
+        "",
+        "`times faster`: tokens per second over the faster full precision of the same mode, and of the same shape or memory. cache gib is "
+        "what the cache holds when filled; peak gib includes weights.",
+        "",
+        "![Time of a step, and tokens per second in equal memory](decode.png)",
         "",
         f"| {' | '.join(name.replace('_', ' ') for name in COLUMNS)} |",
         f"|{' --- |' * len(COLUMNS)}",
@@ -217,6 +277,46 @@ def write(rows: list[dict], folder: Path) -> None:
         cells = [row.get(name) for name in COLUMNS]
         lines.append(f"| {' | '.join('' if cell is None else f'{cell:.2f}' if isinstance(cell, float) else str(cell) for cell in cells)} |")
     (folder / "decode.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def plot(folder: Path) -> None:
+    """Draw decode.png from decode.csv: time of a step against tokens, and tokens per second in equal memory."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no plot, since matplotlib is missing: pip install 'vidkv-eval[plot]', then add --plot-only")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(folder / "decode.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["mode"] == "graph" and row["milliseconds"]]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    providers = list(dict.fromkeys(row["provider"] for row in rows))
+    colours = dict(zip(providers, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for batch, style in (("1", "-"), ("8", "--")):
+        for provider in providers:
+            mine = [row for row in rows if row["provider"] == provider and row["batch"] == batch and not row["note"]]
+            points = sorted((int(row["tokens"]), float(row["milliseconds"])) for row in mine)
+            if len(points) > 1:
+                label = f"{provider}, batch {batch}"
+                left.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colours[provider], label=label)
+    left.set(xscale="log", xlabel="tokens of context", ylabel="milliseconds a step", ylim=(0, None), title="One decode step, CUDA graphs")
+    ticks = sorted({int(row["tokens"]) for row in rows})
+    left.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
+    left.minorticks_off()
+    left.legend(fontsize="small")
+    notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
+    width = 0.8 / max(1, len(providers))
+    for place, provider in enumerate(providers):
+        mine = {row["note"]: float(row["tokens_per_second"]) for row in rows if row["provider"] == provider and row["note"]}
+        shown = [(index + place * width, mine[note]) for index, note in enumerate(notes) if note in mine]
+        if shown:
+            right.bar(*zip(*shown, strict=True), width, color=colours[provider], label=provider)
+    right.set_xticks([index + 0.4 - width / 2 for index in range(len(notes))], [note.removeprefix("largest batch in ") for note in notes])
+    right.set(xlabel="memory", ylabel="tokens per second", title="Largest batch that fits, 32K tokens each")
+    right.legend(fontsize="small")
+    figure.savefig(folder / "decode.png", dpi=120)
 
 
 if __name__ == "__main__":

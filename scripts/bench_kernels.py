@@ -57,6 +57,9 @@ RECIPES = {
     "vidkv_k110_v158_scaled": (split(12, "mean"), ("per_channel", 3, "centred")),
     "vidkv_k175_v158_scaled": (split(96, "mean"), ("per_channel", 3, "centred")),
     "vidkv_k150_v158_tokenvalue_scaled": (split(64, "mean"), ("per_token", 3, "centred")),
+    "ours_k182_v158": (
+        (Segment(12, 2, "mean"), Segment(116, 2, "mean", is_ternary=True), Segment(12, 2, "centred")), ("per_channel", 3, "mean")
+    ),
     "vidkv_k200_v200": (split(128), ("per_channel", 4, "minimum")),
     "kivi_k2_v2": (split(128), ("per_token", 4, "minimum")),
     "kivi_k1_v1": ((Segment(128, 1, "minimum"),), ("per_token", 2, "minimum")),
@@ -128,7 +131,8 @@ def time_full_precision(batch: int, tokens: int) -> dict[str, tuple[int, tuple]]
 def time_packed(batch: int, tokens: int, recipe: str) -> dict[str, tuple[int, tuple]]:
     generator = torch.Generator("cuda").manual_seed(0)
     segments, values = RECIPES[recipe]
-    form = {"heads": HEADS, "width": WIDTH, "segments": segments, "values": values}
+    metadata = torch.uint8 if recipe == "ours_k182_v158" else torch.float16
+    form = {"heads": HEADS, "width": WIDTH, "segments": segments, "values": values, "metadata": metadata}
     layer = random_layer(generator, torch.float16, [tokens - RESIDUAL] * batch, [RESIDUAL] * batch, **form)
     query = torch.randn(batch, QUERY_HEADS, 1, WIDTH, generator=generator, device="cuda").half()
     history = FragmentHistory.from_packed(layer.keys, layer.values)
@@ -142,7 +146,7 @@ def time_packed(batch: int, tokens: int, recipe: str) -> dict[str, tuple[int, tu
     del own, calls, history
     if recipe not in MAIN:
         return timed
-    packed = [layer.keys.codes, layer.keys.scale, layer.keys.offset, layer.values[0].codes, layer.values[0].scale, layer.keys.rotation]
+    packed = [layer.keys.codes, layer.keys.scale, layer.keys.offset, layer.values[0].codes, layer.values[0].scale, layer.keys.order]
     stored = sum(tensor.nbytes for tensor in packed if tensor is not None) + residual_bytes
     check(attend.OP(query, layer, SCALING), query, layer, f"Triton, {recipe}")
     layers = [copy_of(layer) for _ in range(copies(stored))]
@@ -163,7 +167,9 @@ def attend_densely(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 def dequantize_and_attend(query: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
     history = slice(0, int(layer.values[0].entries))
-    keys = layer.keys.decode(torch.float16)[:, :, history] @ layer.keys.rotation.half().transpose(-1, -2)
+    keys = layer.keys.decode(torch.float16)[:, :, history] @ layer.keys.matrix.half().T
+    places = layer.keys.order.long().argsort(dim=-1).unsqueeze(2)
+    keys = keys.gather(-1, places.expand(keys.shape))
     keys = torch.cat([keys, layer.residual.keys[:, :, :RESIDUAL]], dim=2)
     values = torch.cat([layer.values[0].decode(torch.float16), layer.residual.values[:, :, :RESIDUAL]], dim=2)
     return attend_densely(query, keys, values)
@@ -181,7 +187,7 @@ def check(found: torch.Tensor, query: torch.Tensor, layer: PackedLayer, name: st
 
 def first_rows(layer: PackedLayer, rows: int) -> PackedLayer:
     def cut(part: object) -> object:
-        fields = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and value.shape[0] > 1}
+        fields = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
         return replace(part, **{name: value[:rows] for name, value in fields.items()})
 
     return PackedLayer(cut(layer.keys), (cut(layer.values[0]),), cut(layer.residual))
@@ -192,7 +198,8 @@ def copy_of(layer: PackedLayer) -> PackedLayer:
 
 
 def clone(part: object) -> object:
-    return replace(part, **{name: value.clone() for name, value in vars(part).items() if isinstance(value, torch.Tensor)})
+    own = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
+    return replace(part, **{name: value.clone() for name, value in own.items()})
 
 
 def time_quantizing(tokens: int) -> Iterator[dict]:
@@ -201,6 +208,7 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
     span = Span.of(device, [0], [tokens], [0])
     transform = quantize_keys.real_fourier(64, device)
     keys = quantize_keys.make_keys(1, HEADS, tokens, RECIPES[MAIN[0]][0], 32, device)
+    keys = replace(keys, matrix=quantize_keys.key_matrix(WIDTH, transform))
     values = quantize_values.make_values(1, HEADS, tokens, WIDTH, device, levels=3, offset_kind="centred")
     values.lengths.fill_(tokens)
 
@@ -208,14 +216,13 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
         order = choose_channels.OP(pair[0], span, 64)
         quantize_keys.OP(pair[0], span, order, transform, keys)
         quantize_values.OP(pair[1], span, 0.7, values)
-        keys.rotation.copy_(quantize_keys.key_rotation(order, 64, transform))
 
     quantize(states[0])
     history = FragmentHistory.from_packed(keys, (values,))
 
     def into_fragments() -> None:
         history.lengths.zero_()
-        history.max_length = 0
+        history.held = [0]
         history.append(keys, (values,))
 
     order_of_first = choose_channels.OP(states[0][0], span, 64)

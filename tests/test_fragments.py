@@ -9,8 +9,9 @@ import torch
 
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.fragment_history import FragmentHistory
-from vidkv_kernels.fragments import Form, UnsupportedForm, pack_keys, pack_values
+from vidkv_kernels.fragments import Form, UnsupportedForm, matrix_fragments, pack_keys, pack_values
 from vidkv_kernels.packed import PackedKeys, PackedValues, Segment
+from vidkv_kernels.packed_history import PackedHistory
 from vidkv_kernels.random_layer import random_layer
 
 SCALED = (Segment(64, 2, "minimum"), Segment(64, 1, "mean"))
@@ -20,6 +21,7 @@ KEYS = {
     "few wide": (Segment(12, 2, "minimum"), Segment(116, 1, "mean")),
     "all wide": (Segment(128, 2, "minimum"),),
     "none wide": (Segment(128, 1, "minimum"),),
+    "ternary": (Segment(12, 2, "mean"), Segment(116, 2, "mean", is_ternary=True), Segment(12, 2, "centred")),
 }
 VALUES = {
     "ternary": ("per_channel", 3, "centred"),
@@ -28,6 +30,7 @@ VALUES = {
     "per token": ("per_token", 4, "minimum"),
     "signs": ("per_channel", 2, "mean"),
     "1 bit per token": ("per_token", 2, "minimum"),
+    "ternary with mean": ("per_channel", 3, "mean"),
 }
 
 
@@ -39,12 +42,19 @@ def make(history: list[int], keys=SCALED, values=VALUES["ternary"], width=128, *
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("keys", KEYS)
-def test_what_goes_in_comes_out(keys, values, group_size):
-    layer = make([384, 70], KEYS[keys], VALUES[values], group_size=group_size)
+def test_what_goes_in_comes_out(keys, values, group_size, metadata=torch.float16):
+    layer = make([384, 70], KEYS[keys], VALUES[values], group_size=group_size, metadata=metadata)
     found_keys, (found_values,) = FragmentHistory.from_packed(layer.keys, layer.values).unpack()
     for row, length in enumerate((384, 70)):
         for found, given in ((found_keys, layer.keys), (found_values, layer.values[0])):
             assert torch.equal(found.decode(torch.float32)[row, :, :length], given.decode(torch.float32)[row, :, :length])
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("values", [name for name, (granularity, *_) in VALUES.items() if granularity == "per_channel"])
+@pytest.mark.parametrize("keys", KEYS)
+def test_metadata_of_4_bits_comes_out_too(keys, values, group_size):
+    test_what_goes_in_comes_out(keys, values, group_size, torch.uint8)
 
 
 def test_more_key_channels_than_a_query_has_come_out_too():
@@ -77,6 +87,46 @@ def test_a_value_code_lies_at_the_bit_that_the_layout_says():
     assert torch.equal(words, expected)
 
 
+def test_metadata_of_4_bits_lies_in_the_byte_that_the_layout_says():
+    segments = KEYS["ternary"]
+    form = Form(128, segments, offset_kind="mean", metadata_bits=4)
+    scale, offset = torch.zeros(1, 1, 1, 140, dtype=torch.uint8), torch.zeros(1, 1, 1, 128, dtype=torch.uint8)
+    scale[..., 16 * 5 + 8 + 4 + 1], offset[..., 16 * 5 + 8 + 4 + 1] = 13, 6  # step 5, kh 1, t 2, e 1
+    scale[..., 128 + 2 * 3] = 9  # step 8, the last one by itself: kh 0, t 3, e 0
+    codes = torch.zeros(1, 1, 32, 140, dtype=torch.uint8)
+    metadata = pack_keys(form, codes, scale, offset)[0, 0, 0, 9 * 128 :].tolist()
+    # Fragments 4 to 7, then lanes of four words; e and kh make the byte. Fragment 8: lanes of one word.
+    expected = {64 + (2 * 4 + 1) * 4 + 2 + 1: 13 * 16 + 6, 128 + 3 * 4: 9 * 16}
+    assert {place: byte for place, byte in enumerate(metadata) if byte} == expected and len(metadata) == 144
+    scale, offset = scale[..., :128] * 0, offset * 0
+    scale[..., 47], offset[..., 47] = 4, 5  # channel 32 + 8 + 4 + 2 + 1: j 1, tile 3, rr 1, g 3
+    metadata = pack_values(form, codes[..., :128], scale, offset)[0, 0, 0, 1024:].tolist()
+    assert {place: byte for place, byte in enumerate(metadata) if byte} == {3 * 16 + 4 + 2 + 1: 4 * 16 + 5} and len(metadata) == 128
+
+
+def test_bytes_of_ternary_codes_with_metadata_of_4_bits():
+    layer = make([320], KEYS["ternary"], VALUES["ternary with mean"], metadata=torch.uint8)
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    # 144 channels of keys and 128 of values: 2 bits a token, a byte a group
+    assert history.form.key_record_bytes + history.form.value_record_bytes == (144 + 128) * (32 // 4 + 1)
+    units = 2 * 2 * 3 * (144 + 128)
+    assert history.nbytes == 2 * 10 * (144 + 128) * 9 + units + 2 * 128 + history.lengths.nbytes + 2 * 2 * 4
+
+
+def test_units_go_along():
+    layer = make([96, 64], KEYS["ternary"], VALUES["ternary with mean"], metadata=torch.uint8)
+    history = FragmentHistory.from_packed(layer.keys, layer.values)
+    chosen = history.select_batch(torch.tensor([1, 0]))
+    keys, (run,) = chosen.unpack()
+    assert torch.equal(keys.decode(torch.float32)[1, :, :96], layer.keys.decode(torch.float32)[0, :, :96])
+    assert torch.equal(run.decode(torch.float32)[1, :, :96], layer.values[0].decode(torch.float32)[0, :, :96])
+    with pytest.raises(ValueError, match="units are missing and metadata has 4 bits"):
+        FragmentHistory(history.form, batch=1, heads=1, capacity=32, device="cpu", matrix=layer.keys.matrix)
+    layer.values[0].scale_unit[0, 0, 5] = 0
+    with pytest.raises(ValueError, match="values.scale_unit has elements that are not above 0"):
+        FragmentHistory.from_packed(layer.keys, layer.values)
+
+
 def test_bytes_are_those_of_codes_and_metadata():
     form = Form(128, SCALED)
     assert form.key_record_bytes == 32 * 64 * 2 // 8 + 32 * 64 // 8 + 2 * 128 + 2 * 128
@@ -92,19 +142,19 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
     layer = make([128, 64])
     keys, run = layer.keys, layer.values[0]
     whole = FragmentHistory.from_packed(keys, layer.values)
-    grown = FragmentHistory(whole.form, batch=2, heads=2, capacity=32, device="cpu")
+    grown = FragmentHistory(whole.form, batch=2, heads=2, capacity=32, device="cpu", order=keys.order, matrix=keys.matrix)
     for start, counts in ((0, (32, 0)), (0, (0, 32)), (32, (32, 32)), (64, (32, 0)), (96, (32, 0))):
         blocks = slice(start // 32, start // 32 + 1)
         part = PackedKeys(
             keys.segments, 32, keys.codes[:, :, blocks].contiguous(), keys.scale[:, :, blocks].contiguous(),
-            keys.offset[:, :, blocks].contiguous(), rotation=keys.rotation,
+            keys.offset[:, :, blocks].contiguous(), order=keys.order, matrix=keys.matrix,
         )  # fmt: skip
         values = PackedValues(
             torch.tensor(counts, dtype=torch.int32), 3, "centred", "per_channel", 32, 128, run.codes[:, :, blocks].contiguous(),
             run.scale[:, :, blocks].contiguous(),
         )  # fmt: skip
         grown.reserve(longest := start + 32)
-        grown.append(part, (values,), max_length=longest)
+        grown.append(part, (values,), held=[longest, longest])
     assert grown.lengths.tolist() == [128, 64] and grown.max_length == 128 == grown.capacity
     for row, records in enumerate((4, 2)):
         assert torch.equal(grown.keys[row, :, :records], whole.keys[row, :, :records])
@@ -112,6 +162,30 @@ def test_appending_at_each_row_s_own_time_is_packing_at_once():
     assert torch.equal(grown.key_scale_max, whole.key_scale_max) and torch.equal(grown.value_scale_max, whole.value_scale_max)
     chosen = grown.select_batch(torch.tensor([1, 1, 0]))
     assert torch.equal(chosen.keys[2, :, :4], whole.keys[0, :, :4]) and chosen.lengths.tolist() == [64, 64, 128]
+    assert torch.equal(chosen.order, keys.order[[1, 1, 0]]) and chosen.matrix is keys.matrix
+
+
+def test_all_layers_share_one_matrix_in_fragments():
+    layer = make([96])
+    form = Form.of(layer.keys, layer.values)
+    histories = [FragmentHistory(form, batch=batch, heads=1, capacity=32, device="cpu", matrix=layer.keys.matrix) for batch in (1, 3)]
+    assert histories[0].matrix_fragments is histories[1].matrix_fragments
+    assert histories[0].nbytes == FragmentHistory(form, batch=1, heads=1, capacity=32, device="cpu", matrix=torch.eye(128)).nbytes
+
+
+def test_an_entry_of_the_matrix_lies_where_the_product_of_a_warp_wants_it():
+    matrix = torch.zeros(128, 128)
+    matrix[16 + 8 + 4 + 1, 32 + 8 + 3] = 2.0  # input 29: k 1, kh 1, t 2, e 1; output 43: step 2, rr 1, g 3
+    halves = matrix_fragments(Form(128, SCALED), matrix).view(torch.float16)
+    # 8 inputs of 16, then lanes of 8 halves: kh, rr, e
+    assert halves.nonzero().item() == ((2 * 8 + 1) * 32 + 4 * 3 + 2) * 8 + 4 + 2 + 1
+
+
+def test_the_portable_history_selects_sequences_and_keeps_the_matrix():
+    # As many sequences as the matrix has rows.
+    layer = random_layer(torch.Generator().manual_seed(0), torch.float16, [32] * 64, [1] * 64)
+    chosen = PackedHistory(layer.keys, layer.values).select_batch(torch.tensor([5, 0]))
+    assert chosen.keys.matrix is layer.keys.matrix and torch.equal(chosen.keys.order, layer.keys.order[[5, 0]])
 
 
 def test_scale_bounds_ignore_what_lies_beyond_the_lengths():
@@ -183,13 +257,13 @@ def test_later_tokens_go_to_the_others_and_sequences_begin_in_turn():
     first, later = layer.values
     form = Form.of(layer.keys, layer.values)
     assert form.is_protected and not form.protected.is_protected
-    grown = FragmentHistory(form, batch=2, heads=2, capacity=128, device="cpu", rotation=layer.keys.rotation)
+    grown = FragmentHistory(form, batch=2, heads=2, capacity=128, device="cpu", order=layer.keys.order, matrix=layer.keys.matrix)
     none = torch.zeros(2, dtype=torch.int32)
     whole = FragmentHistory.from_packed(layer.keys, layer.values)
     for row in range(2):  # each with its prompt, the other getting nothing
         own = torch.eye(2, dtype=torch.int32)[row]
         runs = (dataclasses.replace(first, lengths=32 * own), dataclasses.replace(later, lengths=96 * own))
-        grown.append(*cut(layer, 0, 128, (128 * own).tolist(), runs[:: 1 - 2 * row]), max_length=128)
+        grown.append(*cut(layer, 0, 128, (128 * own).tolist(), runs[:: 1 - 2 * row]), held=[128, 128 * row])
     for name in ("values", "marks", "before", "lengths"):
         assert torch.equal(getattr(grown.protected, name), getattr(whole.protected, name))
     assert torch.equal(grown.values[:, :, :3], whole.values[:, :, :3]) and torch.equal(grown.lengths, none + 128)

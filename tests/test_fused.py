@@ -26,8 +26,9 @@ from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.packed import PackedLayer
 
 HEADS, WIDTH = 2, 32
-KIVI, SCALED, PROTECTED = "kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v166_scaled"
+KIVI, SCALED, PROTECTED, OURS = "kivi_k2_v2", "vidkv_k150_v158_scaled", "vidkv_k150_v166_scaled", "ours_k182_v158"
 FORMS = [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", PROTECTED]
+FORMS += [OURS]
 FUSED_SETTINGS = ["model.attn_implementation=fused", "profile.cache.rows=null", "profile.cache.keep_dense=false"]
 CUTS = [(0, 70), (70, 71), (71, 330), (330, 331), (331, 420), (420, 421), (421, 422)]
 
@@ -111,18 +112,21 @@ def test_a_step_is_attention_over_what_the_dense_cache_reads_back(name, storage_
             found, _ = fused(module, query, step, step, None, 0.3)
             expected, _ = fused(module, query, keys, values, None, 0.3)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert step.history.keys.codes.shape[2] * 32 > step.history_length == 192, "the test needs a history with spare room"
+    history = step.states.history
+    assert history.keys.codes.shape[2] * 32 > history.max_length == 192, "the test needs a history with spare room"
 
 
 def poison_spare_room(step):
     """Fill what lies behind residual and history with NaN, the largest code, or a place where no token is."""
-    for tensor in (step.residual.keys, step.residual.values):
-        tensor[:, :, step.residual_length :] = float("nan")
-    parts = [(step.history.keys, step.history_length, step.history.keys.codes.shape[2] * 32)]
-    parts += [(run, int(run.lengths[0]), run.entries) for run in step.history.values]
+    history = step.states.history
+    for tensor in step.states._buffers.values():
+        tensor[:, :, step.states.residual_length :] = float("nan")
+    parts = [(history.keys, history.max_length, history.keys.codes.shape[2] * 32)]
+    parts += [(run, int(run.lengths[0]), run.entries) for run in history.values]
     for part, held, room in parts:
-        for tensor, poison in ((part.codes, -1), (part.scale, float("nan")), (part.offset, float("nan"))):
+        for tensor in (part.codes, part.scale, part.offset):
             if tensor is not None:
+                poison = {torch.int32: -1, torch.uint8: 255}.get(tensor.dtype, float("nan"))
                 tensor[:, :, tensor.shape[2] * held // room :] = poison
         if getattr(part, "tokens", None) is not None:
             part.tokens[:, held:] = 1 << 30
@@ -173,8 +177,9 @@ def test_in_half_precision_a_step_errs_no_more_than_attention_over_dequantized_s
 
 def step_in_float32(step, query):
     """What the step means, without rounding of states or sums to half precision."""
-    keys, values = step.history.unpack()
-    residual = dataclasses.replace(step.residual, keys=step.residual.keys.float(), values=step.residual.values.float())
+    keys, values = step.states.history.unpack()
+    residual = step.states.residual()
+    residual = dataclasses.replace(residual, keys=residual.keys.float(), values=residual.values.float())
     return attend_reference(query.float(), PackedLayer(keys, values, residual), 0.3).transpose(1, 2)
 
 
@@ -226,6 +231,34 @@ def test_a_second_turn_and_assisted_decoding_give_what_they_do_with_the_dense_ca
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("name", [KIVI, SCALED, PROTECTED])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_padded_prompts_generate_what_they_do_with_the_dense_cache(model, name, options, monkeypatch):
+    steps, attend = [], PackedStep.attend
+    monkeypatch.setattr(PackedStep, "attend", lambda *arguments: steps.append(1) or attend(*arguments))
+    # Of 100, 70 and 20 tokens: the last is quantized for the first time when its residual is full.
+    paddings, length, new_tokens, beams = [0, 30, 80], 100, 140, options.get("num_beams", 1)
+    input_ids, mask = prompt(length, batch=3), torch.ones(3, length, dtype=torch.int64)
+    for row, padding in enumerate(paddings):
+        mask[row, :padding] = 0
+    found = []
+    for is_fused in (False, True):
+        cache = QuantizedCache.for_model(model, load_recipe(name), fused=is_fused)
+        marks = []
+        for count in (length - padding for padding in paddings for _ in range(beams)):
+            visual = torch.zeros(count, dtype=torch.bool)
+            visual[3 : count - 10] = True
+            marks.append(TokenMarks(visual, torch.arange(count) % 7.0))
+        described = Prompt(tuple(padding for padding in paddings for _ in range(beams)), tuple(marks))
+        cache.describe_prompt = lambda _, cache=cache, described=described: QuantizedCache.describe_prompt(cache, described)
+        found.append((*generate(model, input_ids, cache, new_tokens, attention_mask=mask, **options), cache.layers[0].footprint()))
+    (expected, expected_logits, dense), (tokens, logits, packed) = found
+    assert len(steps) == 2 * (new_tokens - 1)
+    assert torch.equal(tokens, expected)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=2e-3)
+    assert packed.key_elements == dense.key_elements and packed.key_bytes >= dense.key_bytes
+
+
 def test_a_mask_that_hides_tokens_is_obeyed(model):
     step = None
     caches = [one_layer_cache(SCALED, fused=is_fused) for is_fused in (False, True)]
@@ -265,7 +298,7 @@ def test_mini_models_say_what_they_say_with_the_dense_cache(name, monkeypatch):
         layers = session.adapter.model.config.get_text_config().num_hidden_layers
         assert len(steps) == layers * sum(answer.output_tokens - 1 for answer in answers[FUSED])
     assert [answer.text for answer in answers[FUSED]] == [answer.text for answer in answers[GROUPED]]
-    # Ternary codes take more room for kernels, and so does what they multiply queries with.
+    # An order of all channels takes more room than a list of wide ones.
     assert all(packed.key_bytes >= dense.key_bytes for packed, dense in zip(*answers.values(), strict=True))
 
 
@@ -345,8 +378,8 @@ def test_bytes_by_hand():
     cache, states = one_layer_cache(SCALED, storage_dtype=torch.float16, fused=True), make_states(192)
     feed(cache, states, 0, 70)
     channels, half = WIDTH, WIDTH // 2
-    # half 2 bits and half 1 bit; scale and offset of 2 bytes for 32 tokens; a map of the query in float32 and 16 channel indices
-    keys = HEADS * 64 * (2 * half + half) // 8 + HEADS * 2 * channels * 4 + 4 * channels * channels + half
+    # half 2 bits and half 1 bit; scale and offset of 2 bytes for 32 tokens; the order of channels, and the list of 16 wide ones
+    keys = HEADS * 64 * (2 * half + half) // 8 + HEADS * 2 * channels * 4 + channels + half
     # ternary codes in 2 bits, a scale, and the number of tokens
     values = HEADS * 64 * channels * 2 // 8 + HEADS * 2 * channels * 2 + 4
     residual = HEADS * 6 * channels * 2
@@ -418,18 +451,6 @@ def test_options_that_need_dequantized_states_say_so(change, options, reason, sa
     assert message.startswith(f"{SCALED}: ") and f"because {reason}" in message
 
 
-def test_padded_prompts_are_read_dequantized(model, said):
-    input_ids, mask = prompt(100, batch=2), torch.ones(2, 100, dtype=torch.int64)
-    mask[1, :5] = 0
-    plain, packed = (QuantizedCache.for_model(model, load_recipe(SCALED), fused=is_fused) for is_fused in (False, True))
-    expected, expected_logits = generate(model, input_ids, plain, 40, attention_mask=mask)
-    found, logits = generate(model, input_ids, packed, 40, attention_mask=mask)
-    assert torch.equal(logits, expected_logits) and torch.equal(found, expected)
-    (message,) = said
-    said.clear()
-    assert "the prompts of the batch are padded" in message
-
-
 def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
     monkeypatch.setattr(cache_module, "SHORTEST", 72)
     cache, states = one_layer_cache(SCALED, fused=True), make_states(80)
@@ -442,13 +463,25 @@ def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
 # The history of the CUDA kernels, without them: its bytes are those that the kernels read
 
 
-@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled"])
+@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", OURS])
 def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
-    def attend(query, history, residual, scaling):
-        return attend_reference(query, PackedLayer(*history.unpack(), residual), scaling)
+    class Attend:
+        """What `attend_cuda.Attend` does, in torch."""
+
+        def __init__(self, history, residual, query_heads, scaling):
+            self.history, self.residual, self.scaling = history, residual, scaling
+
+        def __call__(self, query, new):
+            lengths = self.residual.lengths.tolist()
+            for buffer, token in zip((self.residual.keys, self.residual.values), new, strict=True):
+                for row, length in enumerate(lengths):
+                    buffer[row, :, length] = token[row, :, 0]
+            residual = dataclasses.replace(self.residual, lengths=self.residual.lengths + 1)
+            packed = self.history.unpack() if self.history else (None, ())
+            return attend_reference(query, PackedLayer(*packed, residual), self.scaling)
 
     monkeypatch.setattr(fused_states, "reads_fragments", lambda recipe, like: True)
-    monkeypatch.setattr(attend_cuda, "attend", attend)
+    monkeypatch.setattr(attend_cuda, "Attend", Attend)
     generator = torch.Generator().manual_seed(0)
     states = tuple(torch.randn(2, HEADS, 600, 64, generator=generator) for _ in range(2))
     plain, packed = one_layer_cache(name), one_layer_cache(name, fused=True)
@@ -458,19 +491,22 @@ def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one
         keys, values = plain.update(*new, 0)
         found, _ = packed.update(*new, 0)
         if stop - start == 1:
-            assert isinstance(found.history, FragmentHistory)
-            assert_same(found.dense(), (keys, values))
+            assert isinstance(found.states.history, FragmentHistory)
             outputs = fused(module, query, found, found, None, 0.2)[0], fused(module, query, keys, values, None, 0.2)[0]
+            assert_same(found.dense(), (keys, values))
             torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
         if start == 192:
             for cache in (plain, packed):
                 cache.reorder_cache(torch.tensor([1, 0]))
     group = packed.layers[0].groups[0]
-    history = group._settled._history
-    form, rotation = history.form, 0 if history.rotation is None else history.rotation.nbytes + history.rotation_fragments.nbytes
+    history = group.states.history
+    form = history.form
     records = 2 * HEADS * history.max_length // 32
     residual = 2 * HEADS * 64 * 4 * (600 - history.max_length)
-    indices = 2 * 32 if name.startswith("vidkv") else 0
-    key_bytes = records * form.key_record_bytes + rotation + indices + residual + history.lengths.nbytes + 2 * HEADS * 4
-    value_bytes = records * form.value_record_bytes + residual + 2 * HEADS * 4
+    # Wide channels, and the order of all of them.
+    indices = {"vidkv": 2 * (32 + 64), "ours_": 2 * HEADS * (6 + 64)}.get(name[:5], 0)
+    # Three units of 2 bytes in the quantizer's form and in the kernel's, where channels come in sixteens and imaginary ones beside real.
+    key_units, value_units = (2 * HEADS * 3 * 2 * (64 + 80), 2 * HEADS * 3 * 2 * (64 + 64)) if name == OURS else (0, 0)
+    key_bytes = records * form.key_record_bytes + indices + key_units + residual + history.lengths.nbytes + 2 * HEADS * 4
+    value_bytes = records * form.value_record_bytes + value_units + residual + 2 * HEADS * 4
     assert packed.footprint() == Footprint(key_bytes, value_bytes, 2 * HEADS * 600 * 64, 2 * HEADS * 600 * 64)

@@ -20,6 +20,7 @@ ORDER = (
     "library_cache",
     "rows",
     "roundtrip",
+    "graphs",
     "attention",
     "inject",
     "torchvision_cpu",

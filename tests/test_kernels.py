@@ -108,7 +108,10 @@ def test_a_query_that_does_not_fit_is_refused_before_anything_runs(change, messa
         ("scale", lambda t: t.to("meta"), "keys.scale is on meta; allowed: cpu"),
         ("offset", lambda t: None, "keys.offset is None; give a tensor"),
         ("scale", lambda t: t.to(torch.float8_e4m3fn), "its unit is missing"),
-        ("rotation", lambda t: t[..., :-1], "keys.rotation has shape"),
+        ("matrix", lambda t: t[..., :-1], "keys.matrix has shape"),
+        ("matrix", lambda t: t.expand(1, -1, -1), "keys.matrix has shape"),
+        ("order", lambda t: t[..., :-1], "keys.order has shape"),
+        ("order", lambda t: t.long(), "keys.order is torch.int64; allowed: torch.uint8"),
     ],
 )
 def test_packed_keys_that_no_kernel_takes_are_refused(field, change, message):

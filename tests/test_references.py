@@ -1,31 +1,33 @@
 """References of the operations, against values worked out by hand, attention over dequantized states, and the quantizers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from vidkv_eval.fused import NotPackable, pack_keys, pack_values
+from vidkv_eval.fused import NotPackable, pack_keys, pack_values, read_keys
 from vidkv_eval.quant.affine import Affine
+from vidkv_eval.quant.fitted import Fitted
 from vidkv_eval.quant.sign import Sign
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import load_recipe
-from vidkv_kernels.attend import attend_reference
+from vidkv_kernels.attend import _history_scores, attend_reference
 from vidkv_kernels.choose_channels import choose_channels_reference
 from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues, Segment, pack_words, unpack_words
-from vidkv_kernels.quantize_keys import key_rotation, make_keys, quantize_keys_reference, real_fourier
+from vidkv_kernels.quantize_keys import key_matrix, make_keys, quantize_keys_reference, real_fourier
 from vidkv_kernels.quantize_values import make_values, quantize_values_reference
 from vidkv_kernels.random_layer import random_layer
 from vidkv_kernels.span import Span
 
 CPU = torch.device("cpu")
 PER_CHANNEL, PER_TOKEN = "per_channel", "per_token"
-# What kernels do not read: full precision, float16 arithmetic, quantiles, whole segments, fitted levels with 4-bit metadata.
-UNPACKABLE = ["calibquant_k1_v1", "calibquant_k2_v2", "fp16", "ours_k182_v158", "quantile_k1_v1_inferred"]
+# What kernels do not read: full precision, float16 arithmetic, quantiles, whole segments.
+UNPACKABLE = ["calibquant_k1_v1", "calibquant_k2_v2", "fp16", "quantile_k1_v1_inferred"]
 UNPACKABLE += [name for name in tiny.QUANTIZER_RECIPES if name.endswith("released")]
 PACKABLE = [name for name in tiny.QUANTIZER_RECIPES if name not in UNPACKABLE]
 
@@ -110,6 +112,33 @@ def test_float8_metadata_is_multiplied_by_its_unit():
     assert keys.decode(torch.float32)[0, 0, 0].tolist() == [6, 0.75]
 
 
+def test_metadata_of_4_bits_by_hand():
+    # A byte holds the codes of two channels, the first one lower: scales 2 * 0.5 and 15 * 0.25, offsets 10 + (0 - 7) * 2 and (9 - 7) / 2.
+    codes = torch.tensor([3, 1]).expand(1, 1, 32, 2)
+    scale, offset = (torch.tensor([number], dtype=torch.uint8).view(1, 1, 1, 1) for number in (2 + 15 * 16, 0 + 9 * 16))
+    scale_unit, offset_unit, center = (torch.tensor([[pair]]).half() for pair in ([0.5, 0.25], [2.0, 0.5], [10.0, 0.0]))
+    metadata = {"scale": scale, "offset": offset, "scale_unit": scale_unit, "offset_unit": offset_unit, "offset_center": center}
+    expected = [3 * 1 - 4, 1 * 3.75 + 1]
+    keys = PackedKeys((Segment(2, 2, "minimum"),), 32, pack_words(codes, 2), **metadata)
+    assert keys.decode(torch.float32)[0, 0, 7].tolist() == expected
+    values = PackedValues(int32(32), 4, "minimum", PER_CHANNEL, 32, 2, pack_words(codes, 2), **metadata)
+    assert values.decode(torch.float32)[0, 0, 7].tolist() == expected
+    with pytest.raises(ValueError, match="keys.offset_center is None"):
+        replace(keys, offset_center=None)
+    with pytest.raises(ValueError, match=r"keys.scale has shape \[1, 1, 1, 2\]; allowed: \[1, 1, 1, 1\]"):
+        replace(keys, scale=torch.zeros(1, 1, 1, 2, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="metadata of 4 bits per_token"):
+        replace(values, granularity=PER_TOKEN, group_size=1, scale=scale.expand(1, 1, 32, 1).contiguous())
+
+
+def test_ternary_key_codes_mean_minus_one_to_one_by_hand():
+    segments = (Segment(1, 2, "mean"), Segment(1, 2, "mean", is_ternary=True), Segment(1, 2, "centred"))
+    scale, offset = torch.tensor([2.0, 4.0, 8.0]).half().view(1, 1, 1, 3), torch.tensor([1.0, 5.0]).half().view(1, 1, 1, 2)
+    keys = PackedKeys(segments, 32, pack_words(torch.tensor([3, 2, 0]).expand(1, 1, 32, 3), 2), scale, offset)
+    # (3 - 3/2) * 2 + 1, (2 - 1) * 4 + 5, (0 - 3/2) * 8
+    assert keys.decode(torch.float32)[0, 0, 0].tolist() == [4, 9, -12]
+
+
 def test_attention_by_hand():
     # Scores 0 and log 3 give weights 1/4 and 3/4.
     keys = torch.tensor([[0.0, 0.0], [math.log(3), 0.0]]).view(1, 1, 2, 2)
@@ -134,6 +163,16 @@ def test_the_real_fourier_matrix_by_hand():
     root = math.sqrt(0.5)
     expected = [[0.5, root, 0.5, 0], [0.5, 0, -0.5, -root], [0.5, -root, 0.5, 0], [0.5, 0, -0.5, root]]
     torch.testing.assert_close(real_fourier(4, CPU), torch.tensor(expected))
+
+
+def test_a_query_is_reordered_then_mapped_by_hand():
+    words = pack_words(torch.tensor([[1, 2]]).expand(1, 1, 32, 2), 2)
+    segments, scale = (Segment(2, 2, "none"),), torch.ones(1, 1, 1, 2).half()
+    order, matrix = torch.tensor([[[1, 0]]], dtype=torch.uint8), torch.tensor([[1.0, 2.0], [0.0, 3.0]])
+    keys = PackedKeys(segments, 32, words, scale, order=order, matrix=matrix)
+    # The query (5, 7) in order is (7, 5), mapped (7, 29), and scores 7 * 1 + 29 * 2; the key itself is (6, 5).
+    assert _history_scores(torch.tensor([5.0, 7.0]).view(1, 1, 1, 2), keys)[0, 0, 0, 0] == 65
+    assert read_keys(keys, 1, torch.float32).tolist() == [[[[6, 5]]]]
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 64])
@@ -178,9 +217,49 @@ def test_attention_over_packed_states_is_attention_over_dequantized_ones(name, w
     assert (found - expected).abs().max() < 1e-5 * dense_values.abs().max()
 
 
+FITTED = {"emphasis": 1.0, "granularity": PER_CHANNEL, "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "segments"),
+    [
+        (Fitted(16, **FITTED), (Segment(64, 2, "mean"), Segment(64, 2, "centred"))),
+        (Fitted(16, **FITTED, metadata="uint4"), (Segment(64, 2, "mean"), Segment(64, 2, "centred"))),
+        (Fitted(3, **FITTED), (Segment(64, 2, "mean", True),)),
+        (Fitted(2, **FITTED, metadata="uint4"), (Segment(64, 1, "mean"),)),
+        (SplitChannels(Fitted(4, **FITTED), Spectral(Fitted(2, **FITTED)), 0.3), (Segment(19, 2, "mean"), Segment(45, 1, "mean"))),
+        (
+            SplitChannels(Affine(2, PER_CHANNEL, 32, metadata="uint4"), Sign("mean_plus_minus", PER_CHANNEL, 32, metadata="uint4"), 0.3),
+            (Segment(19, 2, "minimum"), Segment(45, 1, "mean")),
+        ),
+        (
+            SplitChannels(Fitted(16, **FITTED), Fitted(3, **FITTED), 0.2, per_head=True),
+            (Segment(12, 2, "mean"), Segment(52, 2, "mean", True), Segment(12, 2, "centred")),
+        ),
+    ],
+    ids=str,
+)
+def test_keys_are_read_back_as_their_quantizer_reads_them(quantizer, segments):
+    stored = quantizer.quantize(make_states(2, 2, 64, 64))
+    keys = pack_keys(quantizer, stored)
+    assert keys.segments == segments
+    expected = quantizer.dequantize(stored, torch.float32)
+    torch.testing.assert_close(read_keys(keys, 64, torch.float32), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
+def test_all_layers_of_a_recipe_share_one_matrix():
+    recipe = load_recipe("ours_k182_v158")
+    first, second = (pack_keys(recipe.key, recipe.key.quantize(make_states(1, 2, 32, 64, seed=seed))) for seed in (0, 1))
+    assert first.matrix is second.matrix and first.matrix.shape == (64, 70)
+    assert first.order.shape == (1, 2, 64) and not torch.equal(first.order, second.order)
+
+
 @pytest.mark.parametrize(
     ("quantizer", "message"),
     [
+        (SplitChannels(Fitted(16, **FITTED), Spectral(Fitted(2, **FITTED)), 0.5), "kernels do not read these kinds of offsets together"),
+        (SplitChannels(Fitted(16, **FITTED, metadata="uint4"), Fitted(3, **FITTED), 0.5), "metadata of one kind, here uint4"),
+        (Fitted(3, **FITTED, metadata="float8"), "kernels read float16 and uint4 metadata"),
         (Affine(4, PER_CHANNEL, 32), "kernels read Affine with 1 or 2 bits"),
         (Affine(2, PER_TOKEN, 32), "kernels read groups of one size"),
         (Affine(2, PER_CHANNEL, 16), "32, 64 or 128 tokens of a channel"),
@@ -192,6 +271,12 @@ def test_attention_over_packed_states_is_attention_over_dequantized_ones(name, w
 def test_keys_that_kernels_do_not_read_are_refused(quantizer, message):
     with pytest.raises(NotPackable, match=message):
         pack_keys(quantizer, quantizer.quantize(make_states(1, 1, 64, 64)))
+
+
+def test_values_of_16_levels_are_refused():
+    quantizer = Fitted(16, **FITTED)
+    with pytest.raises(NotPackable, match=r"Fitted with 2, 3 or 4 levels \(16 for keys\)"):
+        pack_values(quantizer, quantizer.quantize(make_states(1, 1, 64, 64)))
 
 
 def test_protected_tokens_are_read_in_their_own_places():
@@ -220,7 +305,9 @@ def test_a_center_taken_from_all_keys_changes_nothing_if_the_prefix_keeps_it():
     layer = random_layer(torch.Generator().manual_seed(0), torch.float32, [64], [5], center=2.0)
     query = torch.randn(1, 2, 1, 64)
     keys, residual = layer.keys, layer.residual
-    dense = keys.decode(torch.float32) @ keys.rotation.transpose(-1, -2) + keys.center.unsqueeze(2)
+    dense = torch.empty_like(keys.decode(torch.float32))
+    dense[..., keys.order[0, 0].long()] = keys.decode(torch.float32) @ keys.matrix.T
+    dense += keys.center.unsqueeze(2)
     expected = attend_densely(
         query,
         torch.cat([dense[:, :, :64], residual.keys[:, :, :5]], dim=2),
@@ -274,8 +361,10 @@ def test_quantized_keys_are_those_of_the_quantizer(quantizer, is_spectral, width
     keys = make_keys(2, 2, 256, expected.segments, expected.group_size, CPU)
     found = quantize_keys_reference(states, span, order, transform, keys)
     assert_packed_alike(found, expected)
-    if expected.rotation is not None:
-        torch.testing.assert_close(key_rotation(order, expected.wide_channels, transform), expected.rotation, rtol=0, atol=0)
+    if expected.order is not None:
+        assert torch.equal(expected.order, order.to(torch.uint8).unsqueeze(1))
+    if expected.matrix is not None:
+        assert torch.equal(expected.matrix, key_matrix(width, transform))
 
 
 @pytest.mark.parametrize(("quantizer", "form"), VALUE_FORMS.values(), ids=VALUE_FORMS)

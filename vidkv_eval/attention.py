@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vidkv_eval.fused_states import FUSED, PackedStep
+from vidkv_eval.graphs import stop_graphs, use_graphs
 from vidkv_eval.score_drop import GROUPED, ScoreDrop, drop_scores, read_note
 
 
@@ -56,10 +57,10 @@ def fused(
 ) -> tuple[torch.Tensor, None]:
     """Attend in the signature of Transformers' attention functions; as `grouped_sdpa`, but for a `PackedStep` from the cache.
 
-    Kernels know no mask: where tokens may be hidden, history is dequantized for this step.
+    Kernels know no mask, and padding is not stored: where a mask hides anything else, history is dequantized for this step.
     """
     if isinstance(key, PackedStep):
-        if attention_mask is None:
+        if attention_mask is None or key.hides_padding_only(attention_mask):
             return key.attend(query, scaling).transpose(1, 2), None
         key, value = key.dense()
     return grouped_sdpa(module, query, key, value, attention_mask, scaling, **options)
@@ -116,10 +117,15 @@ OURS = {GROUPED: grouped_sdpa, FUSED: fused}
 """Attention functions of this file by name."""
 
 
-def use_attention(model: PreTrainedModel, name: str) -> None:
-    """Let the text decoder of a model attend through the function `name`; its vision tower stays as it is."""
+def use_attention(model: PreTrainedModel, name: str, *, graphs: bool = True) -> None:
+    """Let the text decoder of a model attend through the function `name`; its vision tower stays as it is.
+
+    Args:
+        graphs: with `fused` on a GPU, repeat decode steps as CUDA graphs; see `graphs`.
+    """
     if name in OURS:
         AttentionInterface.register(name, OURS[name])
         AttentionMaskInterface.register(name, sdpa_mask)
     is_text_model = model.config.get_text_config(decoder=True) is model.config
     model.set_attn_implementation(name if is_text_model else {"text_config": name})
+    (use_graphs if name == FUSED and graphs else stop_graphs)(model)

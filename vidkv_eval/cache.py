@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vidkv_eval.fused_states import FUSED, SHORTEST, FusedStates, PackedStep, say_once, why_not_fused
+from vidkv_eval.fused_states import FUSED, SHORTEST, FusedStates, Member, PackedStep, SharedLengths, say_once, why_not_fused
 from vidkv_eval.prompt import Prompt, watch
 from vidkv_eval.quant.base import QuantizedStates, Quantizer
+from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
 from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
@@ -127,16 +128,9 @@ class SequenceGroup:
         prompt_tokens = self._count_leaving(new_states["key"].shape[2], is_first=True)
         for name, states in new_states.items():
             quantizer = getattr(self.recipe, name)
-            choice = self._choose(quantizer, states, prompt_tokens[name])
+            choice = choose_tokens(quantizer, self._marks, prompt_tokens[name], states)
             dtype = self.options.storage_dtype or states.dtype
             self.stored[name] = StoredStates(quantizer, room, states, dtype, self.options.keep_dense, choice)
-
-    def _choose(self, quantizer: Quantizer, states: torch.Tensor, prompt_tokens: int) -> QuantizedStates | None:
-        """Return what the quantizer takes as `like` with the first tokens, [B, H, T, D]: the tokens it is to choose, if it does."""
-        if not isinstance(quantizer, SplitTokens):
-            return None
-        tokens = quantizer.choose_tokens(self._marks, prompt_tokens).to(states.device)
-        return quantizer.choice(tokens.expand(states.shape[0], -1), states.shape[3])
 
     @property
     def residual_lengths(self) -> dict[str, int]:
@@ -195,65 +189,93 @@ class SequenceGroup:
             stored.select_batch(torch.tensor(positions, dtype=torch.int64, device=stored.residual.device))
 
 
+def choose_tokens(
+    quantizer: Quantizer, marks: TokenMarks | None, prompt_tokens: int, states: torch.Tensor
+) -> QuantizedStates | None:
+    """Return what the quantizer takes as `like` with the first tokens: the tokens it is to choose, if it does.
+
+    Args:
+        marks: of the prompt of the sequences, which are alike.
+        prompt_tokens: tokens of the prompt that are quantized.
+        states: [B, H, T, D], for shape and device.
+    """
+    if not isinstance(quantizer, SplitTokens):
+        return None
+    tokens = quantizer.choose_tokens(marks, prompt_tokens).to(states.device)
+    return quantizer.choice(tokens.expand(states.shape[0], -1), states.shape[3])
+
+
 class FusedGroup(SequenceGroup):
     """All sequences of a batch, with history packed for attention kernels; `why_not_fused` has nothing against the recipe.
 
     What a step leaves to be quantized is quantized before the next use, because attention has yet to see it in full precision.
+
+    Args:
+        groups: for each set of sequences that are quantized together, which batch items these are.
+        lengths: shared with other layers.
     """
 
-    def __init__(self, recipe: Recipe, rows: list[int], prompt: Prompt, options: CacheOptions):
-        super().__init__(recipe, rows, prompt, options)
+    def __init__(self, recipe: Recipe, groups: list[list[int]], prompt: Prompt, options: CacheOptions, lengths: SharedLengths):
+        super().__init__(recipe, sorted(sum(groups, [])), Prompt((0,)), options)
+        self._prompt = prompt
+        self._groups = groups
+        self._lengths = lengths
         self._states: FusedStates | None = None
 
-    def update(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | dict[str, PackedStep]:
-        """As in the base class; a step of one token returns a `PackedStep` in place of keys and of values."""
-        new_tokens = new_states["key"].shape[2]
-        states = self._settled
-        is_first = states is None or states.length == 0
-        leaving = self._count_leaving(new_tokens, is_first)["key"]
-        if is_first:
-            states = self._states = self._make_states(new_states, leaving)
-        elif new_tokens == 1 and states.length >= SHORTEST:
-            return dict.fromkeys(new_states, states.step(new_states, leaving))
-        seen = new_states if is_first else states.read(new_states)
-        states.append(new_states, leaving)
-        return seen
-
-    def _make_states(self, new_states: dict[str, torch.Tensor], prompt_tokens: int) -> FusedStates:
-        keys, values = new_states["key"], new_states["value"]
-        choice = self._choose(self.recipe.value, values, prompt_tokens)
-        room = self.recipe.residual_length + self.options.keep_newest
-        return FusedStates(self.recipe, room, keys, self.options.storage_dtype or keys.dtype, choice)
-
     @property
-    def _settled(self) -> FusedStates | None:
+    def states(self) -> FusedStates | None:
+        """What is stored; None before the first tokens."""
         if self._states is not None:
             self._states.settle()
         return self._states
 
+    def update(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | dict[str, PackedStep]:
+        """As in the base class; a step of one token returns a `PackedStep` in place of keys and of values."""
+        states = self.states
+        if states is None:
+            self._states = self._make_states(new_states)
+            self._states.append(new_states)
+            return new_states
+        if new_states["key"].shape[2] == 1 and states.length >= max(SHORTEST, 1):
+            return dict.fromkeys(new_states, states.step(new_states))
+        seen = states.read(new_states)
+        states.append(new_states)
+        return seen
+
+    def _make_states(self, new_states: dict[str, torch.Tensor]) -> FusedStates:
+        keys = new_states["key"]
+        members = [Member(rows, self._prompt.row(rows[0]).padding[0]) for rows in self._groups]
+        dtype = self.options.storage_dtype or keys.dtype
+        return FusedStates(self.recipe, members, self._choose, self.options.keep_newest, keys, dtype, self._lengths)
+
+    def _choose(self, member: Member, prompt_tokens: int, values: torch.Tensor) -> QuantizedStates | None:
+        marks = self._prompt.row(member.rows[0]).marks
+        return choose_tokens(self.recipe.value, marks and marks[0], prompt_tokens, values)
+
     @property
     def residual_lengths(self) -> dict[str, int]:
-        return dict.fromkeys(("key", "value"), self._settled.residual_length) if self._states else {}
+        states = self.states
+        return dict.fromkeys(("key", "value"), states.residual_length) if states else {}
 
     def read(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self._settled.read(new_states)
+        return self.states.read(new_states)
 
     def quantized(self, name: str) -> None:
         return None
 
     def footprint(self) -> Footprint:
-        states = self._settled
+        states = self.states
         if states is None:
             return Footprint()
         nbytes = states.nbytes()
         return Footprint(nbytes["key"], nbytes["value"], states.elements, states.elements)
 
     def crop(self, tokens: int) -> None:
-        self._settled.crop_residual(tokens)
+        self.states.crop_residual(tokens)
 
     def select(self, rows: list[int], positions: list[int]) -> None:
         self.rows = rows
-        self._settled.select_batch(torch.tensor(positions, dtype=torch.int64))
+        self.states.select_batch(positions)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -262,11 +284,12 @@ class QuantizedLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, recipe: Recipe, index: int, options: CacheOptions):
+    def __init__(self, recipe: Recipe, index: int, options: CacheOptions, lengths: SharedLengths):
         super().__init__()
         self.recipe = recipe
         self.index = index
         self.options = options
+        self._lengths = lengths
         self.prompt: Prompt | None = None
         self.groups: list[SequenceGroup] = []
         self._tokens = 0
@@ -290,20 +313,18 @@ class QuantizedLayer(CacheLayerMixin):
             # Chosen tokens may differ in number from sequence to sequence.
             alike = row if self.recipe.chooses_tokens else prompt.row(row).padding
             members.setdefault(alike, []).append(row)
-        group_class = FusedGroup if self._is_fused(key_states, value_states, prompt, len(members)) else SequenceGroup
-        self.groups = [group_class(self.recipe, rows, prompt.row(rows[0]), self.options) for rows in members.values()]
+        if self._is_fused(key_states, value_states):
+            self.groups = [FusedGroup(self.recipe, list(members.values()), prompt, self.options, self._lengths)]
+        else:
+            self.groups = [SequenceGroup(self.recipe, rows, prompt.row(rows[0]), self.options) for rows in members.values()]
         self._tokens = 0
         self.is_initialized = True
 
-    def _is_fused(self, key_states: torch.Tensor, value_states: torch.Tensor, prompt: Prompt, groups: int) -> bool:
+    def _is_fused(self, key_states: torch.Tensor, value_states: torch.Tensor) -> bool:
         """Whether history is packed for attention kernels; where it was asked for and cannot be, say so once."""
         if not self.options.fused:
             return False
-        reason = why_not_fused(self.recipe, key_states, value_states)
-        if self.options.keep_dense:
-            reason = "keep_dense is set"
-        elif groups > 1 or any(prompt.padding):
-            reason = "the prompts of the batch are padded, or their chosen tokens differ"
+        reason = "keep_dense is set" if self.options.keep_dense else why_not_fused(self.recipe, key_states, value_states)
         if reason:
             say_once(self.recipe.name, reason)
         return reason is None
@@ -377,6 +398,17 @@ class QuantizedLayer(CacheLayerMixin):
                 self._put(seen[name], group, states)
         return seen["key"], seen["value"]
 
+    def prepare_repeat(self, device: torch.device) -> object | None:
+        """Get ready for a repetition of the last step; see `QuantizedCache.prepare_repeat`."""
+        if not self.is_initialized or not isinstance(self.groups[0], FusedGroup) or self.device != device:
+            return None
+        return self.groups[0].states.prepare_repeat()
+
+    def count_repeat(self) -> None:
+        """Count the token that a repetition stores."""
+        self.groups[0].states.count_repeat()
+        self._tokens += 1
+
     def quantized(self, name: str) -> list[QuantizedStates]:
         """Return the quantized history of keys or values (`name`), for each group of sequences that are stored together.
 
@@ -407,6 +439,7 @@ class QuantizedLayer(CacheLayerMixin):
         self.prompt = None
         self._tokens = 0
         self.is_initialized = False
+        self._lengths.changes += 1
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, as long as they are not yet quantized.
@@ -471,8 +504,7 @@ class QuantizedCache(Cache):
         keep_newest: this many of the newest tokens always stay in full precision, so that they can be cropped. Assisted
             decoding needs as many as tokens are guessed at once.
         fused: keep history packed, and let attention read it so in steps of one token, without dequantizing; needs a model whose
-            attention is `fused`. Where kernels do not read a recipe, or prompts are padded, that is said once and history is
-            kept and read as without.
+            attention is `fused`. Where kernels do not read a recipe, that is said once and history is kept and read as without.
 
     Attributes:
         prompt: description of the prompt, None if there was none.
@@ -493,7 +525,8 @@ class QuantizedCache(Cache):
         self.recipe = recipe
         self.options = CacheOptions(storage_dtype, keep_dense, keep_newest, fused)
         self.prompt: Prompt | None = None
-        super().__init__(layers=[QuantizedLayer(recipe, index, self.options) for index in range(num_layers)])
+        self._lengths = SharedLengths()
+        super().__init__(layers=[QuantizedLayer(recipe, index, self.options, self._lengths) for index in range(num_layers)])
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, recipe: Recipe, **options: Any) -> QuantizedCache:
@@ -536,6 +569,30 @@ class QuantizedCache(Cache):
         self.prompt = prompt
         for layer in self.layers:
             layer.prompt = prompt
+
+    def prepare_repeat(self, device: torch.device) -> tuple | None:
+        """Get ready for a repetition of the launches of a step of one token, with another token.
+
+        Returns:
+            What the repetition depends on: launches that were captured while it was the same may be repeated now, followed by
+            `count_repeat`. None if the next step must be a new one: the cache is not fused, or holds nothing, or is on another device.
+        """
+        parts = []
+        for layer in self.layers:
+            parts.append(layer.prepare_repeat(device))
+            if parts[-1] is None:
+                return None
+        return tuple(parts)
+
+    @property
+    def changes(self) -> int:
+        """A number that grows whenever a fused cache stores, forgets or moves tokens."""
+        return self._lengths.changes
+
+    def count_repeat(self) -> None:
+        """Count the token that a repetition stores in all layers."""
+        for layer in self.layers:
+            layer.count_repeat()
 
     def reset(self) -> None:
         """Forget everything."""

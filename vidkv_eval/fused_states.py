@@ -1,20 +1,21 @@
 """Keys and values of one layer, history in the packed form of attention kernels, and the decode step that reads them so.
 
 Quantizers decide every code, so that what is read is what `StoredStates` would read back; only bytes differ: ternary codes take
-2 bits here instead of 1.6, and a map of the query takes the place of a list of wide channels.
+2 bits here instead of 1.6, and the order of all channels takes the place of a list of wide ones. The matrix that maps queries serves all
+layers and caches of a recipe; it is not counted.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values, packed_form, read_keys, read_values
 from vidkv_eval.quant.base import QuantizedStates
-from vidkv_eval.quant.growing import SPARE
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.attend import OP as ATTEND
@@ -22,7 +23,8 @@ from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer
-from vidkv_kernels.packed_history import PackedHistory
+from vidkv_kernels.packed_history import SPARE, PackedHistory, select_sequences
+from vidkv_kernels.packed_rows import PackedRows, whole_batch
 
 FUSED = "fused"
 """Name of the attention function that reads a `PackedStep`; it is defined in `attention`."""
@@ -31,186 +33,450 @@ SHORTEST = 0
 """Tokens from which on a step reads packed states; below, it dequantizes. The kernel alone is faster than full precision from 2,048 tokens
 on, the shortest length measured (results/kernels.md); dequantizing first is slower at every length measured."""
 
+States = dict[str, torch.Tensor]
+"""Keys and values, [B, H, T, D], by the names key and value."""
 
-class FusedStates:
-    """Packed history followed by the residual in full precision, for sequences of which the same tokens are quantized.
 
-    Args:
-        recipe: whose quantizers `why_not_fused` has nothing against.
-        room: most tokens that the residual will hold.
-        like: keys to come, for shape, dtype and device; values are alike.
-        storage_dtype: dtype of the residual.
-        choice: passed to the quantizer of values as `like` with the first tokens.
+class SharedLengths:
+    """Residual lengths of the sequences of a batch, on the device; layers that ask for the same ones share a tensor and its writing.
+
+    A tensor keeps its place in memory while the number of sequences stays the same, so that captured graphs may read it.
+
+    Attributes:
+        changes: counted up by layers whenever they store, forget or move tokens.
     """
 
-    def __init__(self, recipe: Recipe, room: int, like: torch.Tensor, storage_dtype: torch.dtype, choice: QuantizedStates | None = None):
-        self.recipe = recipe
-        self.dtype = like.dtype
-        self._has_fragments = reads_fragments(recipe, like)
-        self._choices: dict[str, QuantizedStates | None] = {"key": None, "value": choice}
-        self._history: FragmentHistory | PackedHistory | None = None
-        batch, heads, _, channels = like.shape
-        self._buffers = {name: torch.empty(batch, heads, room, channels, dtype=storage_dtype, device=like.device) for name in self._choices}
-        self.residual_length = 0
-        self._due = 0
+    def __init__(self):
+        self.changes = 0
+        self._shown: dict[torch.device, tuple[int, ...]] = {}
+        self._tensors: dict[torch.device, torch.Tensor] = {}
 
-    @property
-    def history_length(self) -> int:
-        return self._history.max_length if self._history else 0
+    def on(self, device: torch.device, lengths: tuple[int, ...]) -> torch.Tensor:
+        """Return int32 [B] that holds `lengths` for kernels launched from now until another call asks for other lengths."""
+        shown = self._shown.get(device, ())
+        if shown == lengths:
+            return self._tensors[device]
+        if len(shown) != len(lengths):
+            self._tensors[device] = torch.tensor(lengths, dtype=torch.int32, device=device)
+        elif len(set(lengths)) == 1:
+            self._tensors[device].fill_(lengths[0])
+        elif len(more := {now - before for now, before in zip(lengths, shown, strict=True)}) == 1:
+            self._tensors[device].add_(more.pop())
+        else:
+            self._tensors[device].copy_(torch.tensor(lengths, dtype=torch.int32))
+        self._shown[device] = lengths
+        return self._tensors[device]
+
+
+@dataclass
+class Member:
+    """Sequences of a batch whose tokens are quantized at the same time, since they begin at the same position.
+
+    Attributes:
+        rows: which sequences of the batch these are, in order.
+        padding: padded positions before them, which are not stored.
+        choices: by the names key and value, what the quantizer takes as `like` with the tokens to come.
+        history: tokens quantized.
+        residual: tokens in full precision.
+        due: tokens of the residual that the last step left to be quantized.
+    """
+
+    rows: list[int]
+    padding: int = 0
+    choices: dict[str, QuantizedStates | None] = field(default_factory=lambda: {"key": None, "value": None})
+    history: int = 0
+    residual: int = 0
+    due: int = 0
 
     @property
     def length(self) -> int:
-        return self.history_length + self.residual_length
+        return self.history + self.residual
+
+
+class FusedStates:
+    """Packed history followed by the residual in full precision, for the sequences of a batch.
+
+    Args:
+        recipe: whose quantizers `why_not_fused` has nothing against.
+        members: all sequences of the batch, nothing stored yet.
+        choose: given a member with its first tokens, how many of them are quantized, and their values, [B, H, T, D]: what the quantizer
+            of values takes as `like` with them.
+        keep_newest: see `QuantizedCache`.
+        like: keys to come, [B, H, T, D], for shape, dtype and device; values are alike.
+        storage_dtype: dtype of the residual.
+        lengths: shared with other layers of the same model.
+
+    Attributes:
+        tokens: positions held, padding included.
+        version: changes whenever what a captured step has been reading lies elsewhere.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        members: list[Member],
+        choose: Callable[[Member, int, torch.Tensor], QuantizedStates | None],
+        keep_newest: int,
+        like: torch.Tensor,
+        storage_dtype: torch.dtype,
+        lengths: SharedLengths,
+    ):
+        self.recipe = recipe
+        self.members = members
+        self.keep_newest = keep_newest
+        self._choose = choose
+        self.dtype = like.dtype
+        self.device = like.device
+        self.tokens = 0
+        self.version = 0
+        self._lengths = lengths
+        self._has_fragments = reads_fragments(recipe, like)
+        self._history: FragmentHistory | PackedHistory | None = None
+        batch, self._heads, _, self._channels = like.shape
+        shape = (batch, self._heads, recipe.residual_length + keep_newest, self._channels)
+        self._buffers = {name: torch.empty(shape, dtype=storage_dtype, device=like.device) for name in ("key", "value")}
+        self._names_tokens = len(members) > 1
+        self._unwritten: States | None = None  # the newest token, counted in the residual but not yet in its buffers
+        self._attention: dict[tuple[int, float], attend_cuda.Attend] = {}
 
     @property
-    def residual(self) -> dict[str, torch.Tensor]:
-        """Newest tokens, [B, H, T, D] in the storage dtype, views of buffers that are written in place."""
-        return {name: buffer[:, :, : self.residual_length] for name, buffer in self._buffers.items()}
+    def batch(self) -> int:
+        return self._buffers["key"].shape[0]
+
+    @property
+    def residual_length(self) -> int:
+        """Tokens that every sequence holds in full precision."""
+        return min(member.residual for member in self.members)
+
+    @property
+    def length(self) -> int:
+        """Tokens that every sequence holds."""
+        return min(member.length for member in self.members)
 
     @property
     def elements(self) -> int:
         """Number of elements that the stored keys stand for, and as many values."""
-        batch, heads, _, channels = self._buffers["key"].shape
-        return batch * heads * self.length * channels
+        return sum(len(member.rows) * member.length for member in self.members) * self._heads * self._channels
 
     def nbytes(self) -> dict[str, int]:
         """Bytes of the stored tensors of keys and of values; spare room in buffers is not counted."""
-        stored = {name: self.residual[name].nbytes + (choice.nbytes if choice else 0) for name, choice in self._choices.items()}
+        stored = {}
+        for name, buffer in self._buffers.items():
+            residual = sum(len(member.rows) * member.residual for member in self.members)
+            choices = [choice for member in self.members if (choice := member.choices[name])]
+            stored[name] = residual * self._heads * self._channels * buffer.element_size() + sum(choice.nbytes for choice in choices)
         if self._history:
             stored["value"] += self._history.value_nbytes
             stored["key"] += self._history.nbytes - self._history.value_nbytes
-            if isinstance(self._history, FragmentHistory) and self._history.rotation is not None:
-                # Held beside the fragments of it, which are counted there.
-                stored["key"] += self._history.rotation.nbytes
         return stored
 
-    def read(self, new: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return what is read back, followed by the tokens `new` as they are, [B, H, T, D] by name."""
-        history = {name: [] for name in new}
-        if self._history:
-            keys, values = self._history.unpack()
-            history["key"] = [read_keys(keys, self.history_length, self.dtype)]
-            history["value"] = [read_values(values, self.history_length, self.dtype)]
-        return {name: torch.cat([*history[name], self.residual[name].to(self.dtype), new[name]], dim=2) for name in new}
+    # Tokens in
 
-    def append(self, new: dict[str, torch.Tensor], quantize: int) -> None:
-        """Store new tokens, [B, H, T, D] by name; `quantize` of residual and new ones leave full precision, oldest first.
+    def _count_leaving(self, waiting: int, is_first: bool) -> int:
+        """Return how many of so many tokens in full precision are quantized, oldest first."""
+        free = max(0, waiting - self.keep_newest)
+        if is_first:
+            # The prompt leaves less than a block in the residual.
+            return free - free % self.recipe.block
+        return 0 if free < self.recipe.residual_length else free - free % self.recipe.residual_length
+
+    def append(self, new: States) -> None:
+        """Store new tokens; those for which there is no room in full precision are quantized.
 
         Raises:
-            ArithmeticError: the tokens to quantize cannot be; its arguments are the reason and their name.
+            ArithmeticError: tokens cannot be quantized; its arguments are the reason and the name of the states.
         """
-        states = {name: torch.cat([self.residual[name], new[name].to(self.residual[name].dtype)], dim=2) for name in new}
-        self._quantize({name: tensor[:, :, :quantize] for name, tensor in states.items()}, quantize)
-        self.residual_length = states["key"].shape[2] - quantize
-        for name, tensor in states.items():
-            self._buffers[name][:, :, : self.residual_length] = tensor[:, :, quantize:]
+        self._write()
+        self._lengths.changes += 1
+        added = new["key"].shape[2]
+        waiting, leaving = [], []
+        for member in self.members:
+            # Nothing is stored of positions that are padding.
+            skipped = min(max(0, member.padding - self.tokens), added)
+            states = {
+                name: torch.cat([self._residual(member, name), _take(new[name], member.rows)[:, :, skipped:].to(buffer.dtype)], dim=2)
+                for name, buffer in self._buffers.items()
+            }
+            is_first = not member.length
+            count = self._count_leaving(states["key"].shape[2], is_first)
+            if is_first and states["key"].shape[2]:
+                member.choices["value"] = self._choose(member, count, states["value"])
+            waiting.append((member, {name: tensor[:, :, count:] for name, tensor in states.items()}))
+            if count:
+                leaving.append((member, {name: tensor[:, :, :count] for name, tensor in states.items()}))
+        self._quantize(leaving)
+        for member, states in waiting:
+            member.residual = states["key"].shape[2]
+            for name, tensor in states.items():
+                _put(self._buffers[name][:, :, : member.residual], member.rows, tensor)
+        self.tokens += added
 
-    def step(self, new: dict[str, torch.Tensor], quantize: int) -> PackedStep:
-        """Store one new token and return what attention reads in this step: packed history, residual, and the new token exactly.
+    def step(self, new: States) -> PackedStep:
+        """Store one new token of each sequence and return what attention reads in this step: all that is stored.
 
         Tokens that leave full precision do so when `settle` is called, because attention has yet to see them.
-
-        Args:
-            new: [B, H, 1, D] by name, in the dtype of the states.
-            quantize: as in `append`.
         """
-        place = slice(self.residual_length, self.residual_length + 1)
-        seen = {}
-        for name, buffer in self._buffers.items():
-            buffer[:, :, place] = new[name]
-            seen[name] = buffer
-            if buffer.dtype != self.dtype:
-                # From the next step on the token is read as it was rounded; in this one it is exact.
-                seen[name] = buffer.to(self.dtype)
-                seen[name][:, :, place] = new[name]
-        self.residual_length += 1
-        self._due = quantize
-        lengths = torch.full((new["key"].shape[0],), self.residual_length, dtype=torch.int32, device=new["key"].device)
-        return PackedStep(self._history, self.history_length, FullPrecision(seen["key"], seen["value"], lengths), self.residual_length)
+        self._write()
+        self._count_step()
+        self._unwritten = new
+        return PackedStep(self, new)
 
     def settle(self) -> None:
         """Quantize what the last step left to be quantized; its attention must be done."""
-        if self._due:
-            due, self._due = self._due, 0
-            self.append({name: buffer[:, :, :0] for name, buffer in self._buffers.items()}, due)
-
-    def _quantize(self, states: dict[str, torch.Tensor], tokens: int) -> None:
-        if not tokens:
+        self._write()
+        if not any(member.due for member in self.members):
             return
-        start = self.history_length
-        quantized = {}
-        for name, tensor in states.items():
-            try:
-                if not torch.isfinite(tensor).all():
-                    raise FloatingPointError(
-                        f"they hold NaN or infinity in {tensor.dtype}; check the dtypes of the model and of storage"
-                    )
-                quantized[name] = getattr(self.recipe, name).quantize(tensor, like=self._choices[name])
-            except ArithmeticError as error:
-                raise type(error)(str(error), name) from error
-        keys = pack_keys(self.recipe.key, quantized["key"])
-        values = pack_values(self.recipe.value, quantized["value"], start)
-        if self._history is None:
-            self._history = FragmentHistory.from_packed(keys, values) if self._has_fragments else PackedHistory(keys, values)
-            self._choices = {name: _choices_of(stored) for name, stored in quantized.items()}
-            return
-        if self._has_fragments and start + tokens > self._history.capacity:
-            self._history.reserve(start + tokens + (start + tokens) // SPARE)
-        self._history.append(keys, values)
+        self._lengths.changes += 1
+        leaving = []
+        for member in self.members:
+            if member.due:
+                states = {name: self._residual(member, name) for name in self._buffers}
+                leaving.append((member, {name: tensor[:, :, : member.due] for name, tensor in states.items()}))
+        self._quantize(leaving)
+        for member, _ in leaving:
+            rest = member.residual - member.due
+            for name in self._buffers:
+                kept = self._residual(member, name)[:, :, member.due :].clone()
+                _put(self._buffers[name][:, :, :rest], member.rows, kept)
+            member.residual, member.due = rest, 0
 
     def crop_residual(self, tokens: int) -> None:
         """Forget the newest `tokens` tokens, which must be in the residual."""
-        self.residual_length -= tokens
+        self._write()
+        self._lengths.changes += 1
+        for member in self.members:
+            member.residual -= tokens
+        self.tokens -= tokens
 
-    def select_batch(self, indices: torch.Tensor) -> None:
-        """Keep the batch items `indices`, in that order."""
-        indices = indices.to(self._buffers["key"].device)
-        self._buffers = {name: buffer[indices] for name, buffer in self._buffers.items()}
-        self._choices = {name: choice and choice.select_batch(indices) for name, choice in self._choices.items()}
+    def select_batch(self, indices: list[int]) -> None:
+        """Keep the sequences `indices`, in that order."""
+        self._write()
+        places = torch.tensor(indices, dtype=torch.int64, device=self.device)
+        self._buffers = {name: buffer[places] for name, buffer in self._buffers.items()}
         if self._history:
-            self._history = self._history.select_batch(indices)
+            self._history = self._history.select_batch(places)
+        members = []
+        for member in self.members:
+            kept = [(new, member.rows.index(old)) for new, old in enumerate(indices) if old in member.rows]
+            if kept:
+                positions = torch.tensor([position for _, position in kept], dtype=torch.int64, device=self.device)
+                member.choices = {name: choice and choice.select_batch(positions) for name, choice in member.choices.items()}
+                member.rows = [new for new, _ in kept]
+                members.append(member)
+        self.members = members
+        self._forget_attention()
+
+    # Tokens out
+
+    def read(self, new: States) -> States:
+        """Return what is read back, followed by the tokens `new` as they are; zeros where a sequence is padded."""
+        self._write()
+        added = new["key"].shape[2]
+        packed = self._history.unpack() if self._history else None
+        seen = {}
+        for name, tensor in new.items():
+            parts = []
+            for member in self.members:
+                history = [self._read_history(name, packed, member)] if member.history else []
+                fresh = _take(tensor, member.rows)[:, :, min(max(0, member.padding - self.tokens), added) :]
+                parts.append(torch.cat([*history, self._residual(member, name).to(self.dtype), fresh], dim=2))
+            if len(parts) == 1 and parts[0].shape[2] == self.tokens + added:
+                seen[name] = parts[0]
+                continue
+            seen[name] = tensor.new_zeros(*tensor.shape[:2], self.tokens + added, tensor.shape[3])
+            for member, part in zip(self.members, parts, strict=True):
+                _put(seen[name][:, :, seen[name].shape[2] - part.shape[2] :], member.rows, part)
+        return seen
+
+    def _read_history(self, name: str, packed: tuple, member: Member) -> torch.Tensor:
+        keys, values = packed
+        if len(self.members) > 1:
+            rows = torch.tensor(member.rows, device=self.device)
+            keys, values = select_sequences(keys, rows), tuple(select_sequences(run, rows) for run in values)
+        return read_keys(keys, member.history, self.dtype) if name == "key" else read_values(values, member.history, self.dtype)
+
+    # Steps that a captured graph repeats
+
+    def prepare_repeat(self) -> tuple[int, int] | None:
+        """Get ready for a repetition of the last step's launches with another token, all of whose memory is still in place.
+
+        Returns:
+            What the repetition depends on, to be compared with what it was when the launches were captured; None if this step must not
+            be a repetition: other launches would be made.
+        """
+        self.settle()
+        if not self._has_fragments or self._buffers["key"].dtype != self.dtype or not self.length:
+            return None
+        self._lengths.on(self.device, self._residual_lengths())
+        return id(self), self.version
+
+    def count_repeat(self) -> None:
+        """Count the token that a repetition stores."""
+        self._count_step()
+
+    def attend(self, query: torch.Tensor, scaling: float, new: States) -> torch.Tensor:
+        """Attend to all that is stored, of which `new` is the newest token; see `PackedStep.attend`."""
+        is_exact = self._buffers["key"].dtype == self.dtype
+        if self._has_fragments and is_exact:
+            lengths = self._lengths.on(self.device, tuple(length - 1 for length in self._residual_lengths()))
+            key = (query.shape[1], scaling)
+            if key not in self._attention:
+                residual = FullPrecision(self._buffers["key"], self._buffers["value"], lengths)
+                self._attention[key] = attend_cuda.Attend(self._history, residual, *key)
+            out = self._attention[key](query, (new["key"], new["value"]))
+            self._unwritten = None  # the kernel wrote it
+            return out
+        residual = self.residual(new)
+        if self._has_fragments:
+            return attend_cuda.attend(query, self._history, residual, scaling)
+        layer = PackedLayer(*self._history.unpack(), residual) if self._history else PackedLayer(None, (), residual)
+        if query.is_cuda:
+            return ATTEND(query, layer, scaling)
+        # Kernels compute in float32 what would be rounded at each step of plain torch.
+        return attend_reference(query, layer, scaling, torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+
+    @property
+    def history(self) -> FragmentHistory | PackedHistory | None:
+        """What is packed; None if nothing is."""
+        return self._history
+
+    def residual(self, new: States | None = None) -> FullPrecision:
+        """Return the tokens in full precision, in the dtype of the states.
+
+        Args:
+            new: the newest token of them as it came, before it was rounded to the dtype of storage.
+        """
+        self._write()
+        seen = {name: buffer.to(self.dtype) for name, buffer in self._buffers.items()}
+        if new is not None and self._buffers["key"].dtype != self.dtype:
+            for name, buffer in seen.items():
+                self._put_newest(buffer, new[name])
+        return FullPrecision(seen["key"], seen["value"], self._lengths.on(self.device, self._residual_lengths()))
+
+    # Parts of the above
+
+    def _count_step(self) -> None:
+        self._lengths.changes += 1
+        for member in self.members:
+            member.residual += 1
+            member.due = self._count_leaving(member.residual, is_first=False)
+        self.tokens += 1
+
+    def _residual(self, member: Member, name: str) -> torch.Tensor:
+        return _take(self._buffers[name], member.rows)[:, :, : member.residual]
+
+    def _residual_lengths(self) -> tuple[int, ...]:
+        if len(self.members) == 1:
+            return (self.members[0].residual,) * self.batch
+        return tuple(self._by_row("residual"))
+
+    def _by_row(self, name: str) -> list[int]:
+        """Return a number of tokens of members, for each sequence of the batch."""
+        numbers = [0] * self.batch
+        for member in self.members:
+            for row in member.rows:
+                numbers[row] = getattr(member, name)
+        return numbers
+
+    def _write(self) -> None:
+        """Write the newest token into the buffers, unless attention has done so."""
+        new, self._unwritten = self._unwritten, None
+        if new is not None:
+            for name, buffer in self._buffers.items():
+                self._put_newest(buffer, new[name])
+
+    def _put_newest(self, buffer: torch.Tensor, token: torch.Tensor) -> None:
+        for member in self.members:
+            _put(buffer[:, :, member.residual - 1 : member.residual], member.rows, _take(token, member.rows))
+
+    def _quantize(self, leaving: list[tuple[Member, States]]) -> None:
+        """Quantize the oldest tokens of some members and count them as history."""
+        if not leaving:
+            return
+        parts = []
+        for member, states in leaving:
+            quantized = {}
+            for name, tensor in states.items():
+                try:
+                    if not torch.isfinite(tensor).all():
+                        raise FloatingPointError(
+                            f"they hold NaN or infinity in {tensor.dtype}; check the dtypes of the model and of storage"
+                        )
+                    quantized[name] = getattr(self.recipe, name).quantize(tensor, like=member.choices[name])
+                except ArithmeticError as error:
+                    raise type(error)(str(error), name) from error
+            keys = pack_keys(self.recipe.key, quantized["key"])
+            values = pack_values(self.recipe.value, quantized["value"], member.history, names_tokens=self._names_tokens)
+            parts.append(PackedRows(member.rows, keys, values))
+            if not member.history:
+                member.choices = {name: _choices_of(stored) for name, stored in quantized.items()}
+        begun = [row for member, _ in leaving if not member.history for row in member.rows]
+        for member, states in leaving:
+            member.history += states["key"].shape[2]
+        keys, values = whole_batch(parts, self.batch)
+        if not self._has_fragments:
+            if self._history is None:
+                self._history = PackedHistory(keys, values)
+            else:
+                self._history.append(keys, values)
+            return
+        held = self._by_row("history")
+        if self._history is None:
+            # The residual of an answer finds room, so that a captured step stays right beyond the first time it is full.
+            self._history = FragmentHistory.like(keys, values, capacity=max(held) + self.recipe.residual_length)
+            self._forget_attention()
+        elif max(held) > self._history.capacity:
+            self._history.reserve(max(held) + max(held) // SPARE)
+            self._forget_attention()
+        self._history.append(keys, values, held, begun)
+
+    def _forget_attention(self) -> None:
+        self._lengths.changes += 1
+        self._attention = {}
+        self.version += 1
 
 
 @dataclass(frozen=True)
 class PackedStep:
     """What a decode step attends to. It stands where attention functions expect keys; those that do not know it fail on it.
 
+    Good until the next call of the cache.
+
     Attributes:
-        history: packed, or None if there is none.
-        history_length: tokens of it.
-        residual: newest tokens, the current one included; good until the next call of the cache.
-        residual_length: tokens of it.
+        states: all that is stored, the current token included.
+        new: the current token as it came.
     """
 
-    history: FragmentHistory | PackedHistory | None
-    history_length: int
-    residual: FullPrecision
-    residual_length: int
+    states: FusedStates
+    new: States
 
     def attend(self, query: torch.Tensor, scaling: float | None) -> torch.Tensor:
-        """Attend with one new token of each sequence, no token being hidden; [B, HQ, 1, D] to [B, HQ, 1, D].
+        """Attend with one new token of each sequence, no stored token being hidden; [B, HQ, 1, D] to [B, HQ, 1, D].
 
         Args:
             scaling: factor of the scores; None: 1 / sqrt(D).
         """
-        query = query.contiguous()
-        scaling = query.shape[3] ** -0.5 if scaling is None else scaling
-        if isinstance(self.history, FragmentHistory):
-            return attend_cuda.attend(query, self.history, self.residual, scaling)
-        layer = PackedLayer(*self.history.unpack(), self.residual) if self.history else PackedLayer(None, (), self.residual)
-        if query.is_cuda:
-            return ATTEND(query, layer, scaling)
-        # Kernels compute in float32 what would be rounded at each step of plain torch.
-        return attend_reference(query, layer, scaling, torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
+        return self.states.attend(query.contiguous(), query.shape[3] ** -0.5 if scaling is None else scaling, self.new)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return dequantized keys and values, each [B, H, T, D], for attention that kernels do not do."""
-        key, value = (states[:, :, : self.residual_length] for states in (self.residual.keys, self.residual.values))
-        if self.history is None:
-            return key, value
-        keys, values = self.history.unpack()
-        key = torch.cat([read_keys(keys, self.history_length, key.dtype), key], dim=2)
-        return key, torch.cat([read_values(values, self.history_length, value.dtype), value], dim=2)
+        """Return dequantized keys and values, each [B, H, T, D], for attention that kernels do not do; zeros where padded."""
+        seen = self.states.read({name: states[:, :, :0] for name, states in self.new.items()})
+        for name, tensor in seen.items():
+            tensor[:, :, -1:] = self.new[name]
+        return seen["key"], seen["value"]
+
+    def hides_padding_only(self, mask: torch.Tensor) -> bool:
+        """Whether a mask, [B, 1, 1, T] boolean, hides nothing that is stored. Waits for the device, once for each mask."""
+        paddings = tuple((row, member.padding) for member in self.states.members for row in member.rows)
+        if getattr(mask, "_hides_only", None) != paddings:
+            if mask.dtype != torch.bool or mask.shape[1:] != (1, 1, self.states.tokens):
+                return False
+            padding = torch.tensor([padding for _, padding in sorted(paddings)], device=mask.device)
+            visible = torch.arange(mask.shape[3], device=mask.device) >= padding[:, None]
+            if not torch.equal(mask[:, 0, 0].expand_as(visible), visible):
+                return False
+            mask._hides_only = paddings  # the same mask serves all layers
+        return True
 
 
 def why_not_fused(recipe: Recipe, key_states: torch.Tensor, value_states: torch.Tensor) -> str | None:
@@ -246,6 +512,19 @@ def say_once(recipe: str, reason: str) -> None:
     Not by `warnings`, which lmms-eval silences.
     """
     logging.getLogger(__name__).warning("%s: attention reads dequantized states instead of packed ones, because %s", recipe, reason)
+
+
+def _take(states: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Return the sequences `rows` of states, as they are if these are all."""
+    return states if len(rows) == states.shape[0] and rows == list(range(len(rows))) else states[rows]
+
+
+def _put(target: torch.Tensor, rows: list[int], states: torch.Tensor) -> None:
+    """Write states into the sequences `rows` of `target`."""
+    if len(rows) == target.shape[0] and rows == list(range(len(rows))):
+        target.copy_(states)
+    else:
+        target[rows] = states.to(target.dtype)
 
 
 def _choices_of(stored: QuantizedStates) -> QuantizedStates:

@@ -133,6 +133,9 @@ def describe_call(model: nn.Module, arguments: Mapping[str, Any]) -> Prompt:
 
 
 def _before_model(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    cache = kwargs.get("past_key_values")
+    if hasattr(cache, "describe_prompt") and cache.get_seq_length() and not cache.chooses_visual_tokens:
+        return  # a later call, as most are: looking at its arguments takes longer than the rest of this
     arguments = inspect.signature(model.forward).bind_partial(*args, **kwargs).arguments
     arguments |= arguments.pop("kwargs", {})
     cache = arguments.get("past_key_values")

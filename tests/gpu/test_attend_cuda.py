@@ -7,7 +7,7 @@ import torch
 
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.attend_cuda import Attend, Plan, attend
-from vidkv_kernels.fragment_history import FragmentHistory, _write_keys, _write_values
+from vidkv_kernels.fragment_history import FragmentHistory, _write_values
 from vidkv_kernels.fragments import Form, UnsupportedForm
 from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
 from vidkv_kernels.protected_values import ProtectedValues
@@ -29,7 +29,14 @@ def split(width: int, wide: int, wide_offset: str, *narrow: str) -> tuple[Segmen
     return tuple(segments)
 
 
+def ternary(width: int, wide: int) -> tuple[Segment, ...]:
+    """Ternary codes, and `wide` channels of 16 levels, as two digits of 4."""
+    return (Segment(wide, 2, "mean"), Segment(width - wide, 2, "mean", is_ternary=True), Segment(wide, 2, "centred"))
+
+
 SCALED, PUBLISHED = ("minimum", "mean"), ("minimum", "none", "centred")
+FOUR_BITS = {"metadata": torch.uint8}
+OURS = {"width": 128, "segments": ternary(128, 12), "values": ("per_channel", 3, "mean"), **FOUR_BITS}
 VALUES = {
     "ternary": ("per_channel", 3, "centred"),
     "unscaled": ("per_channel", 3, "unscaled"),
@@ -42,6 +49,7 @@ VALUES = {
     "1 bit per token": ("per_token", 2, "minimum"),
     "signs per token": ("per_token", 2, "mean"),
     "codes as they are": ("per_channel", 4, "none"),
+    "ternary with mean": ("per_channel", 3, "mean"),
 }
 
 
@@ -57,6 +65,10 @@ def make(dtype, history, residual, query_heads, **form):
 def run(query, layer, scaling=None, plan=None):
     history = None if layer.keys is None else FragmentHistory.from_packed(layer.keys, layer.values)
     return attend(query, history, layer.residual, scaling or query.shape[3] ** -0.5, layer.prefix, plan)
+
+
+def maps(layer):
+    return {"order": layer.keys.order, "matrix": layer.keys.matrix}
 
 
 def assert_close(fast, query, layer, scaling=None):
@@ -77,6 +89,65 @@ def assert_close(fast, query, layer, scaling=None):
 def test_every_kind_of_values(values, width, dtype, segments):
     form = {"width": width, "segments": split(width, width // 2, *segments), "values": VALUES[values], "heads": 2}
     query, layer = make(dtype, [256, 77, 0], [9, 40, 1], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("values", [name for name, (granularity, *_) in VALUES.items() if granularity == "per_channel"])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+@pytest.mark.parametrize("keys", ["ternary", "scaled", "published"])
+def test_every_kind_of_values_with_metadata_of_4_bits(values, width, dtype, keys):
+    segments = {"ternary": ternary(width, 6), "scaled": split(width, 20, *SCALED), "published": split(width, 20, *PUBLISHED)}[keys]
+    form = {"width": width, "segments": segments, "values": VALUES[values], "heads": 2, **FOUR_BITS}
+    query, layer = make(dtype, [256, 77, 0], [9, 40, 1], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("wide", [1, 12, 33, 64])
+@pytest.mark.parametrize("metadata", [HALF, torch.uint8], ids=str)
+def test_every_share_of_channels_with_16_levels(width, wide, metadata):
+    form = {"width": width, "segments": ternary(width, min(wide, width - 1)), "values": ("per_channel", 3, "mean"), "metadata": metadata}
+    query, layer = make(HALF, [192, 33], [20, 3], 7, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("prefix", [None, 37])
+def test_groups_and_lengths_with_metadata_of_4_bits(group_size, prefix):
+    form = {**OURS, "heads": 2, "group_size": group_size, "prefix": None if prefix is None else [prefix] * 4}
+    query, layer = make(HALF, [5000, 0, 129, 1], [160, 3, 0, 2], 14, **form)
+    assert_close(run(query, layer), query, layer)
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_a_key_bias_with_metadata_of_4_bits_stays_accurate(dtype):
+    query, layer = make(dtype, [512, 2048], [16, 1], 7, **OURS)
+    layer.keys.offset_center[..., 3] = 300.0
+    layer.keys.offset_center[..., 40] = -120.0
+    layer.keys.offset_unit[..., 3] = 2.0
+    layer.keys.scale_unit[..., 3] = 1.0
+    assert_close(run(query * 0.3, layer), query * 0.3, layer)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 30.0, 3e3])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 2e3])
+def test_queries_and_units_of_any_size_stay_finite(size, scale):
+    query, layer = make(BRAIN, [512], [16], 7, **OURS)
+    for part in (layer.keys, layer.values[0]):
+        for unit in (part.scale_unit, part.offset_unit, part.offset_center):
+            unit.mul_(scale)
+    query = query * size
+    scaling = 128**-0.5 / max(1.0, size * scale)
+    assert_close(run(query, layer, scaling), query, layer, scaling)
+
+
+@pytest.mark.parametrize("ratio", [1 / 256, 256.0])
+def test_scales_and_offsets_of_very_different_size(ratio):
+    query, layer = make(HALF, [512], [16], 7, **OURS)
+    for part in (layer.keys, layer.values[0]):
+        part.scale_unit.mul_(ratio**0.5)
+        part.offset_unit.mul_(ratio**-0.5)
     assert_close(run(query, layer), query, layer)
 
 
@@ -137,6 +208,13 @@ def test_every_plan_gives_the_same(chunks, warps, blocks, splits, kinds):
     assert_close(run(query, layer, plan=Plan(chunks, warps, blocks, splits)), query, layer)
 
 
+@pytest.mark.parametrize("chunks, warps", [(1, 4), (2, 8), (4, 8)])
+@pytest.mark.parametrize("splits", [1, 5, 60])
+def test_every_plan_gives_the_same_with_metadata_of_4_bits(chunks, warps, splits):
+    query, layer = make(HALF, [3000, 700], [100, 3], 7, **OURS)
+    assert_close(run(query, layer, plan=Plan(chunks, warps, 1, splits)), query, layer)
+
+
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
 def test_a_key_bias_as_in_qwen_stays_accurate(dtype):
     query, layer = make(dtype, [512, 2048], [16, 1], 7, width=128, segments=split(128, 64, *SCALED))
@@ -169,9 +247,21 @@ def test_one_token_far_above_the_others():
 def test_maximum_that_rises_with_every_group():
     query, layer = make(HALF, [2048], [0], 7, width=128, segments=split(128, 64, *SCALED))
     rising = torch.linspace(0, 60, layer.keys.scale.shape[2], device=DEVICE)[:, None]
-    layer.keys.offset.copy_((query[0, 0, 0].float() @ layer.keys.rotation[0, 0] * rising / 20).half())
+    ordered = query[0, 0, 0].float()[layer.keys.order[0, 0].long()]
+    layer.keys.offset.copy_((ordered @ layer.keys.matrix * rising / 20).half())
     for splits in (1, 8):
         assert_close(run(query, layer, plan=Plan(4, 8, 1, splits)), query, layer)
+
+
+@pytest.mark.parametrize("given", [("order",), ("matrix",), ()], ids=str)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("center", [0.0, 2.0])
+def test_order_and_matrix_by_themselves(given, width, center):
+    segments = split(width, 12, "minimum", "centred")
+    query, layer = make(HALF, [200, 64], [12, 1], 14, width=width, heads=2, segments=segments, maps=given, center=center)
+    assert_close(run(query, layer), query, layer)
+    for plan in (Plan(1, 4, 1, 3), Plan(4, 12, 1, 1)):
+        assert_close(run(query, layer, plan=plan), query, layer)
 
 
 def test_center_and_more_key_channels_than_the_query_has():
@@ -285,7 +375,8 @@ def test_every_plan_gives_the_same_with_protected_tokens(chunks, warps, blocks, 
 def test_a_maximum_that_rises_while_probabilities_of_protected_tokens_wait(splits, chunks):
     query, layer = make_protected(HALF, [2048], [40], residual=[0])
     rising = torch.linspace(0, 60, layer.keys.scale.shape[2], device=DEVICE)[:, None]
-    layer.keys.offset.copy_((query[0, 0, 0].float() @ layer.keys.rotation[0, 0] * rising / 20).half())
+    ordered = query[0, 0, 0].float()[layer.keys.order[0, 0].long()]
+    layer.keys.offset.copy_((ordered @ layer.keys.matrix * rising / 20).half())
     assert_close(run(query, layer, plan=Plan(chunks, 8, 1, splits)), query, layer)
 
 
@@ -313,7 +404,7 @@ def test_tokens_appended_later_stand_behind_protected_ones():
     query, layer = make_protected(HALF, [256, 256], [64, 32])
     history = FragmentHistory.from_packed(layer.keys, layer.values, capacity=384)
     _, later = make_protected(HALF, [128, 128], None, residual=[1, 1])
-    later = replace(later.keys, rotation=layer.keys.rotation), later.values[0]
+    later = replace(later.keys, **maps(layer)), later.values[0]
     tokens = torch.arange(256, 384, device=DEVICE, dtype=torch.int32).expand(2, -1).contiguous()
     ready = Attend(history, layer.residual, 7, 0.1)
     history.append(later[0], (replace(later[1], tokens=tokens),))
@@ -354,7 +445,7 @@ def part(layer, start, stop, lengths):
 def test_append_equals_packing_at_once():
     query, layer = make(HALF, [256, 256], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     whole = FragmentHistory.from_packed(layer.keys, layer.values)
-    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, rotation=layer.keys.rotation)
+    grown = FragmentHistory(whole.form, batch=2, heads=1, capacity=64, device=DEVICE, **maps(layer))
     for start, stop in ((0, 64), (64, 128), (128, 256)):
         grown.reserve(stop)
         grown.append(*part(layer, start, stop, torch.full_like(whole.lengths, stop - start)))
@@ -366,7 +457,7 @@ def test_append_equals_packing_at_once():
 def test_rows_grow_at_their_own_time():
     query, layer = make(HALF, [256, 128], [16, 9], 7, width=128, segments=split(128, 64, *SCALED))
     form = Form.of(layer.keys, layer.values)
-    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, rotation=layer.keys.rotation)
+    grown = FragmentHistory(form, batch=2, heads=1, capacity=512, device=DEVICE, **maps(layer))
     for start, stop, counts in ((0, 128, [128, 0]), (0, 128, [0, 128]), (128, 256, [128, 0])):
         grown.append(*part(layer, start, stop, torch.tensor(counts, dtype=torch.int32, device=DEVICE)))
     assert grown.lengths.tolist() == [256, 128]
@@ -380,10 +471,8 @@ def test_kernels_pack_as_torch_does(values, wide, group_size):
     segments = split(128, wide, "minimum", *(("mean", "centred") if wide < 128 else ()))
     _, layer = make(HALF, [384, 100], [1, 1], 1, width=128, heads=2, segments=segments, values=VALUES[values], group_size=group_size)
     fast = FragmentHistory.from_packed(layer.keys, layer.values)
-    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, rotation=layer.keys.rotation)
-    starts, counts, run_ = plain.lengths, fast.lengths, layer.values[0]
-    _write_keys(fast.form, layer.keys, plain.keys, plain.key_scale_max, starts, counts, fast.capacity)
-    _write_values(fast.form, run_, plain.values, plain.value_scale_max, starts, fast.capacity)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, **maps(layer))
+    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
     for row, length in enumerate((384, 100)):
         records = -(-length // group_size)
         assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
@@ -391,13 +480,28 @@ def test_kernels_pack_as_torch_does(values, wide, group_size):
     assert torch.equal(fast.key_scale_max, plain.key_scale_max) and torch.equal(fast.value_scale_max, plain.value_scale_max)
 
 
+@pytest.mark.parametrize("values", [name for name, (granularity, *_) in VALUES.items() if granularity == "per_channel"])
+@pytest.mark.parametrize("segments", [ternary(128, 12), ternary(128, 33), split(128, 38, *SCALED)], ids=str)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_kernels_pack_metadata_of_4_bits_as_torch_does(values, segments, group_size):
+    form = {"width": 128, "heads": 2, "segments": segments, "values": VALUES[values], "group_size": group_size, **FOUR_BITS}
+    _, layer = make(HALF, [384, 100], [1, 1], 1, **form)
+    fast = FragmentHistory.from_packed(layer.keys, layer.values)
+    plain = FragmentHistory(fast.form, batch=2, heads=2, capacity=fast.capacity, device=DEVICE, units=fast.units, **maps(layer))
+    plain._append_plain(layer.keys, layer.values[0], fast.capacity)
+    for row, length in enumerate((384, 100)):
+        records = -(-length // group_size)
+        assert torch.equal(fast.keys[row, :, :records], plain.keys[row, :, :records])
+        assert torch.equal(fast.values[row, :, :records], plain.values[row, :, :records])
+
+
 def test_more_than_2_to_the_31_bytes():
     records = 2**31 // 2560 // 4 + 1000
     query, layer = make(HALF, [96], [1], 28, width=128, segments=split(128, 64, *SCALED), heads=4)
     small = FragmentHistory.from_packed(layer.keys, layer.values)
-    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, rotation=layer.keys.rotation)
+    large = FragmentHistory(small.form, batch=1, heads=4, capacity=records * 32 * 2, device=DEVICE, **maps(layer))
     large.keys[:, :, :3], large.values[:, :, :3] = small.keys, small.values
-    large.lengths, large.max_length = small.lengths, 96
+    large.lengths, large.held = small.lengths, [96]
     large.key_scale_max, large.value_scale_max = small.key_scale_max, small.value_scale_max
     assert_close(attend(query, large, layer.residual, 0.1), query, layer, 0.1)
 
@@ -426,8 +530,6 @@ def test_bad_tensors_are_refused_by_name():
         attend(query, history, FullPrecision(shifted, shifted, residual.lengths), 1.0)
     with pytest.raises(ValueError, match="query is torch.float16; allowed: torch.bfloat16"):
         attend(query, history, FullPrecision(residual.keys.bfloat16(), residual.values.bfloat16(), residual.lengths), 1.0)
-    with pytest.raises(ValueError, match="residual.values is torch.bfloat16"):
-        attend(query, history, FullPrecision(residual.keys, residual.values.bfloat16(), residual.lengths), 1.0)
     prepared, new = Attend(history, residual, 7, 1.0), torch.zeros(1, 1, 1, 128, device=DEVICE, dtype=HALF)
     with pytest.raises(ValueError, match="query has shape"):
         prepared(query[:, :3].contiguous())

@@ -16,6 +16,7 @@ from vidkv_kernels.packed import PackedLayer
 
 PROMPT, STEPS = 1000, 300  # three flushes
 FORMS = ["kivi_k2_v2", "kivi_k1_v1", "vidkv_k150_v158_scaled", "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled"]
+FORMS += ["ours_k182_v158"]
 PROTECTED = "vidkv_k150_v166_scaled"
 
 
@@ -61,7 +62,7 @@ def test_logits_differ_less_from_the_dense_cache_than_two_dense_ways_from_each_o
         model = make_model(gpu, attention, dtype)
         cache = make_cache(model, name)
         logits[attention] = feed_model(model, cache, input_ids)
-    history = cache.layers[0].groups[0]._settled._history
+    history = cache.layers[0].groups[0].states.history
     assert isinstance(history, FragmentHistory) and (history.protected is not None) == (name == PROTECTED)
 
     def distance(left, right):
@@ -89,7 +90,7 @@ def test_a_step_errs_no_more_than_attention_over_dequantized_states(gpu, name, d
         assert isinstance(step, PackedStep)
         query = torch.randn(1, 14, 1, width, generator=generator, device=gpu).to(dtype)
         keys, values = step.dense()
-        exact = attend_reference(query, PackedLayer(*step.history.unpack(), step.residual), 0.1, torch.float64)
+        exact = attend_reference(query, PackedLayer(*step.states.history.unpack(), step.states.residual()), 0.1, torch.float64)
         dense = torch.nn.functional.scaled_dot_product_attention(query, keys, values, scale=0.1, enable_gqa=True)
         errors.append([(output.double() - exact).abs().max() for output in (step.attend(query, 0.1), dense)])
         rounding.append(torch.finfo(dtype).eps * exact.abs().max())
@@ -124,4 +125,4 @@ def test_batches_grow_and_move_on_the_gpu(gpu):
             for cache in (plain, packed):
                 cache.reorder_cache(torch.tensor([2, 0, 0], device=gpu))
             states = [tensor[[2, 0, 0]] for tensor in states]
-    assert isinstance(packed.layers[0].groups[0]._settled, FusedStates)
+    assert isinstance(packed.layers[0].groups[0].states, FusedStates)
