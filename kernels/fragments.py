@@ -88,6 +88,11 @@ class Form:
         return sum(segment.channels for segment in self.segments)
 
     @property
+    def wide_channels(self) -> int:
+        """Key channels with 2-bit codes, the first ones."""
+        return sum(segment.channels for segment in self.segments if segment.nbits == 2)
+
+    @property
     def offset_pairs(self) -> int:
         """Pairs of fragments whose metadata add an offset to scores: those stored, and those of channels with a middle."""
         factors = -(-self.key_steps // 2) - self.centred_from // (2 * STEP) if self.centred_from < self.channels else 0
@@ -106,7 +111,7 @@ class Form:
     @property
     def wide_steps(self) -> int:
         """Those with 2-bit fields, the first ones."""
-        return -(-sum(segment.channels for segment in self.segments if segment.nbits == 2) // STEP)
+        return -(-self.wide_channels // STEP)
 
     @property
     def stored_offsets(self) -> int:
@@ -170,7 +175,7 @@ class Form:
             "WIDE_STEPS": self.wide_steps,
             "STORED_STEPS": self.stored_steps,
             "CHANNELS": self.channels,
-            "WIDE_CHANNELS": sum(segment.channels for segment in self.segments if segment.nbits == 2),
+            "WIDE_CHANNELS": self.wide_channels,
             "CENTRED_FROM": self.centred_from,
             "CHUNKS": self.chunks,
             "VALUE_BITS": self.value_bits,

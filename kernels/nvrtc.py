@@ -87,32 +87,41 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def launch(
-    kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, stream: int, arguments: tuple, *, is_early: bool = False
-) -> None:
-    """Launch a kernel.
+class Launch:
+    """A kernel with all that a launch needs, made once, because describing a launch takes longer than to start it.
 
     Args:
         grid: blocks in x, y and z.
         threads: of a block.
-        stream: handle of the stream.
-        arguments: ctypes values, one for each parameter.
-        is_early: let it start before the kernel in front of it has ended; it must wait for it where it needs to.
+        shared_bytes: dynamic shared memory of a block.
+        arguments: ctypes values, one for each parameter. Their `value` may be changed between calls.
+        is_early: let the kernel start before the one in front of it has ended; it must wait for it where it needs to.
     """
-    driver = _bindings("driver")
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = grid
-    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-    config.sharedMemBytes = shared_bytes
-    config.hStream = stream
-    if is_early:
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs = [attribute]
-        config.numAttrs = 1
-    places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
-    _check(driver.cuLaunchKernelEx(config, kernel, ctypes.addressof(places), 0), "a kernel launch")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], threads: int, shared_bytes: int, arguments: tuple, *, is_early: bool = False
+    ):
+        driver = _bindings("driver")
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if is_early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            config.attrs = [attribute]
+            config.numAttrs = 1
+        self._kernel, self._config, self._arguments = kernel, config, arguments
+        self._places = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
+        self._launch, self._first_place = driver.cuLaunchKernelEx, ctypes.addressof(self._places)
+
+    def __call__(self, stream: int) -> None:
+        """Launch on the stream of this handle."""
+        self._config.hStream = stream
+        (status,) = self._launch(self._config, self._kernel, self._first_place, 0)
+        if status:
+            raise KernelError(f"a kernel launch failed: {status.name}")
 
 
 @functools.cache

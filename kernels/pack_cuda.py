@@ -44,8 +44,8 @@ def append(history: FragmentHistory, keys: PackedKeys, run: PackedValues, tokens
         nvrtc.pointer(history.values), ctypes.c_longlong(capacity), nvrtc.pointer(history.value_scale_max),
     )  # fmt: skip
     with torch.cuda.device(history.device):
-        nvrtc.launch(kernels[0], grid, THREADS, 0, stream, key_arguments)
-        nvrtc.launch(kernels[1], grid, THREADS, 0, stream, value_arguments)
+        nvrtc.Launch(kernels[0], grid, THREADS, 0, key_arguments)(stream)
+        nvrtc.Launch(kernels[1], grid, THREADS, 0, value_arguments)(stream)
 
 
 @functools.cache
