@@ -51,10 +51,13 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     matrix = None
     if "normal" in parts:
         if isinstance(normal, Spectral):
-            matrix = _fourier_matrix(stored.channels, parts["normal"].channels, _device(parts["normal"]))
+            matrix = fourier_matrix(stored.channels, parts["normal"].channels, _device(parts["normal"]))
             pieces += _spectral_pieces(normal, parts["normal"])
         else:
             pieces.append((normal, parts["normal"], 1, _kind(normal)))
+    for owner, _, nbits, _ in pieces:
+        if owner.code_count != 2**nbits:
+            raise NotPackable(f"normal channels are stored by {owner}; kernels read 1 bit of those")
     group_size = pieces[0][0].group_size
     for owner, *_ in pieces:
         if owner.granularity != "per_channel" or owner.group_size != group_size or group_size not in GROUP_SIZES:
@@ -65,7 +68,7 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
             raise NotPackable(f"keys are stored by {quantizer}; kernels read one set of wide channels for all heads")
         if stored.channels > MOST_CHANNELS:
             raise NotPackable(f"keys have {stored.channels} channels; kernels read up to {MOST_CHANNELS} in an order of their own")
-        order = _order(stored.static["wide_channels"], stored.channels)
+        order = channel_order(stored.static["wide_channels"], stored.channels)
     metadata = [_metadata(owner, piece) for owner, piece, _, _ in pieces]
     offsets = [offset for _, offset in metadata if offset is not None]
     return PackedKeys(
@@ -204,14 +207,14 @@ def _metadata(quantizer: GroupedQuantizer, stored: QuantizedStates) -> tuple[tor
     return tuple(None if part is None else part.unflatten(-1, (quantizer.group_size, -1)).flatten(2, 3) for part in (scale, offset))
 
 
-def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
+def channel_order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
     """Return all channels, wide ones first and both kinds ascending: [B, wide] to uint8 [B, 1, C]."""
     is_normal = torch.ones(wide_channels.shape[0], channels, dtype=torch.uint8, device=wide_channels.device)
     return is_normal.scatter_(1, wide_channels.long(), 0).argsort(dim=-1, stable=True).to(torch.uint8).unsqueeze(1)
 
 
 @functools.cache
-def _fourier_matrix(channels: int, transformed: int, device: torch.device) -> torch.Tensor:
+def fourier_matrix(channels: int, transformed: int, device: torch.device) -> torch.Tensor:
     """Return the matrix of keys whose last channels are a spectrum; one for all layers, sequences and caches."""
     return key_matrix(channels, real_fourier(transformed, device))
 
