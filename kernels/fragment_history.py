@@ -47,6 +47,7 @@ class FragmentHistory:
         faults: int32 [1], what `quantize` has met so far; not 0: what is held is not what was given. To be looked at when waiting for
             the device does no harm.
         order, matrix, center: as in `packed.PackedKeys`.
+        scratch: int32 [B, 2 D + 1], zeros whenever no order is being chosen; None without an order.
         matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
     """
 
@@ -74,6 +75,7 @@ class FragmentHistory:
         self.value_scale_max = torch.zeros(batch, heads, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
         self.order = order
+        self.scratch = None if order is None else torch.zeros(batch, 2 * form.width + 1, dtype=torch.int32, device=device)
         self.matrix = matrix
         self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center

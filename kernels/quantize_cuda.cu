@@ -264,7 +264,7 @@ __device__ __forceinline__ u32 ordered(float x) {
 __device__ __forceinline__ float unordered(u32 x) { return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x); }
 
 // Order of channels: blocks find the extremes of their tokens, and the last one of a sequence ranks. Blocks: tokens, heads, sequences.
-// `scratch` is, for each sequence, the largest values of all channels, of their negatives, and a counter; zeros at the beginning.
+// `scratch` is, for each sequence, the largest values of all channels, of their negatives, and a counter: zeros, as which it is left.
 extern "C" __global__ void __launch_bounds__(RANGE_THREADS) choose_channels(States states, int wide_channels, u32* scratch, u8* order) {
   constexpr int TOKENS = RANGE_THREADS / PIECES, ROUNDS = RANGE_TOKENS / TOKENS, WARPS = RANGE_THREADS / 32;
   __shared__ float extremes[WARPS][2][WIDTH];
@@ -328,6 +328,8 @@ extern "C" __global__ void __launch_bounds__(RANGE_THREADS) choose_channels(Stat
     const u32 most = *(volatile u32*)(scratch + thread), least = *(volatile u32*)(scratch + WIDTH + thread);
     if (most) width = __float_as_uint(unordered(most) + unordered(least)) & 0x7fffffffu;
     widths[thread] = width;
+    scratch[thread] = scratch[WIDTH + thread] = 0;
+    if (thread == 0) scratch[2 * WIDTH] = 0;
   }
   __syncthreads();
   bool is_wide = false;

@@ -66,12 +66,11 @@ def check_form(form: Form) -> None:
 def choose_order(history: FragmentHistory, keys: torch.Tensor, begin: torch.Tensor | None, count: torch.Tensor | None) -> None:
     """Write the order of channels of `history`. See `FragmentHistory.choose_order`."""
     check_form(history.form)
-    batch, heads, tokens, width = keys.shape
+    batch, heads, tokens, _ = keys.shape
     kernels = _kernels(history.form, keys.dtype, history.matrix is not None, history.device)
-    scratch = torch.zeros(batch, 2 * width + 1, dtype=torch.int32, device=history.device)
     keys = _aligned(keys)
     wide = ctypes.c_int(history.form.wide_channels)
-    arguments = (_states(keys, begin, count), wide, nvrtc.pointer(scratch), nvrtc.pointer(history.order))
+    arguments = (_states(keys, begin, count), wide, nvrtc.pointer(history.scratch), nvrtc.pointer(history.order))
     grid = (max(-(-tokens // RANGE_TOKENS), 1), heads, batch)
     with torch.cuda.device(history.device):
         nvrtc.Launch(kernels.choose, grid, RANGE_THREADS, 0, arguments)(torch.cuda.current_stream().cuda_stream)
