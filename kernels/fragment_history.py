@@ -2,9 +2,10 @@
 
     history = FragmentHistory(form, batch=1, heads=4, capacity=8192, device=device, order=order, matrix=matrix)
     history.append(keys, values)                    # `packed.PackedKeys` and `packed.PackedValues` of the new tokens
+    history.quantize(key_states, value_states)      # or the tokens as they are, float [B, H, T, D]
     out = attend_cuda.attend(query, history, residual, scaling)
 
-Appending writes in place at each sequence's own length and waits for nothing, so that a decode step can be captured as a CUDA graph
+Both write in place at each sequence's own length and wait for nothing, so that a decode step can be captured as a CUDA graph
 while the buffers have room. `reserve` gives them more, by copying, and must stay outside of a graph.
 """
 
@@ -14,10 +15,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vidkv_kernels import pack_cuda
+from vidkv_kernels import pack_cuda, quantize_cuda
+from vidkv_kernels.choose_channels import choose_channels_reference
 from vidkv_kernels.fragments import (
     TOKEN_GROUP,
     Form,
+    UnsupportedForm,
     matrix_fragments,
     pack_keys,
     pack_units,
@@ -29,6 +32,12 @@ from vidkv_kernels.fragments import (
 from vidkv_kernels.packed import METADATA_CODES, PackedKeys, PackedValues, check, check_maps, check_packed, pack_key_words, pack_words
 from vidkv_kernels.packing import pack, unpack
 from vidkv_kernels.protected_values import ProtectedValues
+from vidkv_kernels.quantize_keys import make_keys, quantize_keys_reference
+from vidkv_kernels.quantize_values import make_values, quantize_values_reference
+from vidkv_kernels.span import Span
+
+KEY_STATES, KEY_METADATA, VALUE_STATES, VALUE_METADATA = 1, 2, 4, 8
+"""Bits of `FragmentHistory.faults`: states are NaN or infinite, or need metadata beyond float16."""
 
 
 class FragmentHistory:
@@ -42,7 +51,10 @@ class FragmentHistory:
         held: upper bounds of `lengths`, known without asking the device: exactly these, unless sequences grew by an unknown number.
         key_scale_max, value_scale_max: float32 [B, H], no scale held is larger in size; for the range of half precision. Zero for
             metadata of 4 bits, whose range is known.
+        faults: int32 [1], what `quantize` has met so far; not 0: what is held is not what was given. To be looked at when waiting for
+            the device does no harm.
         order, matrix, center: as in `packed.PackedKeys`.
+        scratch: int32 [B, 2 D + 1], zeros whenever no order is being chosen; None without an order.
         matrix_fragments: the matrix for the kernel, uint8 [bytes], shared like the matrix itself.
         units: what metadata of 4 bits is counted in, keys and values, as `fragments.pack_units` gives it; None for float16.
         protected: values of the tokens that are not among `values`, where the others lie token after token; None: there are none.
@@ -78,7 +90,9 @@ class FragmentHistory:
         self.held = [0] * batch
         self.key_scale_max = torch.zeros(batch, heads, device=device)
         self.value_scale_max = torch.zeros(batch, heads, device=device)
+        self.faults = torch.zeros(1, dtype=torch.int32, device=device)
         self.order = order
+        self.scratch = None if order is None else torch.zeros(batch, 2 * form.width + 1, dtype=torch.int32, device=device)
         self.matrix = matrix
         self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
         self.center = center
@@ -221,6 +235,102 @@ class FragmentHistory:
         self.lengths += counts
         self.held = held
 
+    def choose_order(self, keys: torch.Tensor, *, begin: torch.Tensor | None = None, count: torch.Tensor | None = None) -> None:
+        """Choose the order of channels of each sequence, in place, as `choose_channels` does; before anything is held.
+
+        Args:
+            keys, begin, count: as in `quantize`.
+        """
+        self._check_states("keys", keys, begin, count)
+        check("order", self.order, (keys.shape[0], 1, self.form.width), torch.uint8, self.device)
+        if self.device.type == "cuda":
+            quantize_cuda.choose_order(self, keys, begin, count)
+        else:
+            order = choose_channels_reference(keys, _span(keys, begin, count), self.form.wide_channels)
+            self.order.copy_(order.unsqueeze(1))
+
+    def quantize(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        threshold: float = 0.0,
+        *,
+        begin: torch.Tensor | None = None,
+        count: torch.Tensor | None = None,
+        held: Sequence[int] | None = None,
+    ) -> None:
+        """Quantize tokens in place, behind what each sequence holds, which must be whole groups.
+
+        Order and matrix are those of this history; the rules are those of `quantize_keys` and `quantize_values`.
+
+        Args:
+            keys, values: [B, H, T, D], float16, bfloat16 or float32, keys after rotary embedding.
+            threshold: of ternary values, in units of the mean size of a group.
+            begin, count: int32 [B], which tokens of each sequence to take, begin + count at most T. Counts are rounded down to whole
+                groups. None: from the first one on, and all.
+            held: as in `append`.
+        Raises:
+            UnsupportedForm: states are not quantized to this form.
+            ValueError: states of another shape, dtype or device, or the buffers are full: call `reserve` first.
+        """
+        self._check_states("keys", keys, begin, count)
+        check("values", values, tuple(keys.shape), keys.dtype, self.device)
+        quantize_cuda.check_form(self.form)
+        if self.center is not None:
+            raise UnsupportedForm("keys of this history lie around a center; states are quantized as they are")
+        size = self.form.group_size
+        tokens = keys.shape[2] // size * size
+        held = [length + tokens for length in self.held] if held is None else list(held)
+        if max(held) > self.capacity:
+            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        if self.device.type == "cuda":
+            quantize_cuda.append(self, keys, values, threshold, begin, count)
+        elif tokens:
+            self._quantize_plain(keys, values, threshold, _span(keys, begin, count))
+        self.lengths += tokens if count is None else count - count % size
+        self.held = held
+
+    def _check_states(self, name: str, states: torch.Tensor, begin: torch.Tensor | None, count: torch.Tensor | None) -> None:
+        batch, heads = self.keys.shape[:2]
+        check(name, states, (batch, heads, None, self.form.width), quantize_cuda.DTYPES, self.device)
+        for bound, tensor in (("begin", begin), ("count", count)):
+            if tensor is not None:
+                check_packed(bound, tensor, (batch,), torch.int32, self.device)
+
+    def _quantize_plain(self, keys: torch.Tensor, values: torch.Tensor, threshold: float, span: Span) -> None:
+        """What `quantize_cuda.append` does, in torch."""
+        form, device = self.form, self.device
+        batch, heads, tokens, width = keys.shape
+        tokens = tokens // form.group_size * form.group_size
+        span = Span(span.begin, span.count - span.count % form.group_size, span.start)
+        group_size = TOKEN_GROUP if form.granularity == "per_token" else form.group_size
+        packed = make_keys(batch, heads, tokens, form.segments, form.group_size, device)
+        run = make_values(
+            batch, heads, tokens, width, device, levels=form.levels, offset_kind=form.offset_kind, granularity=form.granularity,
+            group_size=group_size, is_scaled=form.is_scaled,
+        )  # fmt: skip
+        metadata = {KEY_METADATA: (packed.scale, packed.offset), VALUE_METADATA: (run.scale, run.offset)}
+        for tensor in (*metadata[KEY_METADATA], *metadata[VALUE_METADATA]):
+            if tensor is not None:
+                tensor.zero_()
+        order = torch.arange(width, device=device).expand(batch, 1, width) if self.order is None else self.order
+        if order.shape[1] != 1:
+            raise UnsupportedForm("channels have an order for each head; plain torch quantizes with one for all heads")
+        transform = None if self.matrix is None else self.matrix[form.wide_channels :, form.wide_channels :].contiguous()
+        order = order[:, 0].int().expand(batch, -1).contiguous()
+        quantize_keys_reference(keys, span, order, transform, packed)
+        quantize_values_reference(values, span, threshold, run)
+        run.lengths.copy_(span.count)
+        is_taken = torch.arange(keys.shape[2], device=device) - span.begin[:, None]
+        is_taken = ((is_taken >= 0) & (is_taken < span.count[:, None]))[:, None, :, None]
+        for bit, states in ((KEY_STATES, keys), (VALUE_STATES, values)):
+            self.faults |= bit * (is_taken & ~states.isfinite()).any()
+        for bit, tensors in metadata.items():
+            for tensor in tensors:
+                if tensor is not None:
+                    self.faults |= bit * (~tensor.isfinite()).any()
+        self._append_plain(packed, run, tokens)
+
     def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
         """What kernels do with a single run, in torch."""
         _write_keys(self.form, keys, self.keys, self.key_scale_max, self.lengths, run.lengths, tokens)
@@ -252,10 +362,16 @@ class FragmentHistory:
         chosen = FragmentHistory(self.form, batch=len(indices), heads=self.keys.shape[1], capacity=0, device=self.device, **maps)
         for name in ("keys", "values", "lengths", "key_scale_max", "value_scale_max"):
             setattr(chosen, name, getattr(self, name)[indices])
+        chosen.faults = self.faults.clone()
         chosen.held = [self.held[index] for index in indices.tolist()]
         if self.protected:
             chosen.protected = self.protected.select_batch(indices)
         return chosen
+
+
+def _span(states: torch.Tensor, begin: torch.Tensor | None, count: torch.Tensor | None) -> Span:
+    nothing = torch.zeros(states.shape[0], dtype=torch.int32, device=states.device)
+    return Span(nothing if begin is None else begin, nothing + states.shape[2] if count is None else count, nothing)
 
 
 def _room(form: Form, keys: PackedKeys, values: tuple[PackedValues, ...]) -> int:

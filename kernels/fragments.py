@@ -143,6 +143,11 @@ class Form:
         return sum(segment.channels for segment in self.segments)
 
     @property
+    def wide_channels(self) -> int:
+        """Key channels with 2-bit fields, the first ones."""
+        return sum(segment.channels for segment in self.segments if segment.nbits == 2)
+
+    @property
     def offset_rows(self) -> int:
         """Rows of 32 quads that offsets of scores are computed with.
 
@@ -166,7 +171,7 @@ class Form:
     @property
     def wide_steps(self) -> int:
         """Those with 2-bit fields, the first ones."""
-        return -(-sum(segment.channels for segment in self.segments if segment.nbits == 2) // STEP)
+        return -(-self.wide_channels // STEP)
 
     @property
     def stored_offsets(self) -> int:
@@ -234,7 +239,7 @@ class Form:
             "WIDE_STEPS": self.wide_steps,
             "STORED_STEPS": self.stored_steps,
             "CHANNELS": self.channels,
-            "WIDE_CHANNELS": sum(segment.channels for segment in self.segments if segment.nbits == 2),
+            "WIDE_CHANNELS": self.wide_channels,
             "CENTRED_FROM": self.centred_from,
             "TERNARY": ternary,
             "TERNARY_END": ternary_end,

@@ -12,6 +12,7 @@ ORDER = (
     "quant",
     "fused",
     "recipe",
+    "fused_quantize",
     "fused_states",
     "prompt",
     "score_drop",

@@ -541,7 +541,7 @@ def test_constant_groups_read_back_as_in_the_released_code(quantizer, value, exp
 )
 def test_number_of_wide_channels_is_that_of_the_released_code(key_bits, wide):
     quantizer = SplitChannels(Affine(2, PER_CHANNEL, 1), SIGN_ZERO, fraction=key_bits - 1)
-    assert quantizer._choose(torch.randn(1, 1, 4, 128)).shape == (1, wide)
+    assert quantizer.choose(torch.randn(1, 1, 4, 128)).shape == (1, wide)
 
 
 def test_each_selection_finds_its_channel():

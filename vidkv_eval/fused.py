@@ -122,7 +122,7 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
     if isinstance(quantizer, SplitChannels):
         if stored.channels > MOST_CHANNELS:
             raise NotPackable(f"keys have {stored.channels} channels; kernels read up to {MOST_CHANNELS} in an order of their own")
-        order = _order(stored.static["wide_channels"], stored.channels)
+        order = channel_order(stored.static["wide_channels"], stored.channels)
     segments = _segments(pieces)
     return PackedKeys(
         segments,
@@ -130,7 +130,7 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
         pack_key_words(segments, torch.cat([piece.codes for piece in pieces], dim=-1)),
         **_join([piece.metadata for piece in pieces]),
         order=order,
-        matrix=_matrix(stored.channels, transformed, tuple((p.first, p.segment.channels) for p in pieces), _device(stored)),
+        matrix=query_matrix(stored.channels, transformed, tuple((p.first, p.segment.channels) for p in pieces), _device(stored)),
     )
 
 
@@ -297,7 +297,7 @@ def _join(parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: pack(tensor, METADATA_CODES) if tensor.dtype == torch.uint8 else tensor for name, tensor in joined.items()}
 
 
-def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
+def channel_order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
     """Return all channels, wide ones first and both kinds ascending: [B, wide] or [B, H, wide] to uint8 [B, 1 or H, C]."""
     is_normal = torch.ones(*wide_channels.shape[:-1], channels, dtype=torch.uint8, device=wide_channels.device)
     order = is_normal.scatter_(-1, wide_channels.long(), 0).argsort(dim=-1, stable=True).to(torch.uint8)
@@ -305,7 +305,7 @@ def _order(wide_channels: torch.Tensor, channels: int) -> torch.Tensor:
 
 
 @functools.cache
-def _matrix(channels: int, transformed: int, columns: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor | None:
+def query_matrix(channels: int, transformed: int, columns: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor | None:
     """Return what a query in the order of keys is multiplied with; one for all layers, sequences and caches. None: nothing.
 
     Args:

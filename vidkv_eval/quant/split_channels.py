@@ -69,7 +69,7 @@ class SplitChannels(Quantizer):
         return self.wide.is_scaled and (self.normal is None or self.normal.is_scaled)
 
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
-        wide_channels = like.static["wide_channels"] if like else self._choose(states)
+        wide_channels = like.static["wide_channels"] if like else self.choose(states)
         split = wide_channels.shape[-1]
         ordered = _take_channels(states, _order(wide_channels, states.shape[-1]))
         parts = {}
@@ -83,7 +83,7 @@ class SplitChannels(Quantizer):
         order = _order(quantized.static["wide_channels"], quantized.channels)
         return _take_channels(ordered, order.argsort(dim=-1))
 
-    def _choose(self, states: torch.Tensor) -> torch.Tensor:
+    def choose(self, states: torch.Tensor) -> torch.Tensor:
         """Return the ascending indices of the wide channels, [B, int(C * fraction)], or [B, H, int(C * fraction)] per head."""
         channels = states.shape[-1]
         width = self._width(states.float())
