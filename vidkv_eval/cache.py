@@ -10,6 +10,8 @@ For inference only: stored states carry no gradient.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -349,15 +351,20 @@ class QuantizedLayer(CacheLayerMixin):
         if key_states.shape[0] != self.batch_size:
             raise ValueError(f"{key_states.shape[0]} sequences for a cache that holds {self.batch_size}; use a new cache")
         new_states = {"key": key_states.detach(), "value": value_states.detach()}
-        try:
+        with self._naming_errors():
             seen = self._update_groups(new_states)
-        except ArithmeticError as error:
-            raise ValueError(f"layer {self.index}, {error.args[1]} states cannot be quantized: {error.args[0]}") from error
         # In the pass over the prompt attention sees exact states.
         if self.recipe.score_drop and self._tokens:
             put_note(seen["key"], {row: drop for group in self.groups for row, drop in group.score_drops().items()})
         self._tokens += key_states.shape[2]
         return seen["key"], seen["value"]
+
+    @contextlib.contextmanager
+    def _naming_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except ArithmeticError as error:
+            raise ValueError(f"layer {self.index}, {error.args[1]} states cannot be quantized: {error.args[0]}") from error
 
     def _update_groups(self, new_states: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if len(self.groups) == 1 and not self.groups[0].padding:
@@ -402,7 +409,8 @@ class QuantizedLayer(CacheLayerMixin):
         """Get ready for a repetition of the last step; see `QuantizedCache.prepare_repeat`."""
         if not self.is_initialized or not isinstance(self.groups[0], FusedGroup) or self.device != device:
             return None
-        return self.groups[0].states.prepare_repeat()
+        with self._naming_errors():
+            return self.groups[0].states.prepare_repeat()
 
     def count_repeat(self) -> None:
         """Count the token that a repetition stores."""
@@ -431,7 +439,8 @@ class QuantizedLayer(CacheLayerMixin):
 
     def footprint(self) -> Footprint:
         """Count what this layer stores."""
-        return sum((group.footprint() for group in self.groups), Footprint())
+        with self._naming_errors():
+            return sum((group.footprint() for group in self.groups), Footprint())
 
     def reset(self) -> None:
         """Forget everything."""

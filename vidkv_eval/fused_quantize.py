@@ -11,6 +11,7 @@ What is stored is what the recipe's quantizers and `fused` store, except that an
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,43 +57,63 @@ class DirectQuantizer:
         threshold = recipe.value.threshold if isinstance(recipe.value, Ternary) else 0.0
         return cls(form, split, threshold, isinstance(normal, Spectral) and keys.matrix is not None)
 
-    def quantize(self, history: FragmentHistory | None, keys: torch.Tensor, values: torch.Tensor, capacity: int = 0) -> FragmentHistory:
+    def quantize(
+        self,
+        history: FragmentHistory | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        capacity: int = 0,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> FragmentHistory:
         """Append tokens; nothing waits for the device.
 
         Args:
-            history: what this quantizer made of the tokens before, changed in place; None for the first tokens, over which the order of
-                channels is chosen.
-            keys, values: [B, H, T, D], T a multiple of the group size; float16, bfloat16 or float32.
+            history: what this quantizer made of the tokens before, changed in place; None for the first tokens. The order of a
+                sequence's channels is chosen over its first tokens.
+            keys, values: [B, H, T, D]; float16, bfloat16 or float32.
             capacity: tokens to have room for afterwards, at least those held.
+            counts: how many of the tokens to take of each sequence, multiples of the group size; None: all.
         Returns:
             `history`, or the one that was made.
         Raises:
-            ValueError: states of another shape, dtype or device than the history takes.
+            ValueError: numbers of tokens that are no multiples, or states of another shape, dtype or device than the history takes.
         """
-        tokens = keys.shape[2]
-        if tokens % self.form.group_size:
-            raise ValueError(f"{tokens} tokens cannot be cut into groups of {self.form.group_size}; give a multiple")
+        batch, _, tokens, _ = keys.shape
+        counts = [tokens] * batch if counts is None else list(counts)
+        if any(count % self.form.group_size for count in counts):
+            raise ValueError(f"{counts} tokens cannot be cut into groups of {self.form.group_size}; give multiples")
+        held = counts if history is None else [old + new for old, new in zip(history.held, counts, strict=True)]
         if history is None:
-            history = self._start(keys, max(tokens, capacity))
+            history = self._make(keys, max(*held, capacity))
         else:
-            history.reserve(max(history.max_length + tokens, capacity))
-        history.quantize(keys, values, self.threshold)
+            history.reserve(max(*held, capacity))
+        numbers = None if set(counts) == {tokens} else torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
+        self._choose_order(history, keys, counts, numbers)
+        history.quantize(keys, values, self.threshold, count=numbers, held=held)
         return history
 
-    def _start(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
+    def _make(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
         batch, heads, _, width = keys.shape
-        order = None
-        if self.split:
-            order = torch.empty(batch, 1, width, dtype=torch.uint8, device=keys.device)
+        order = torch.zeros(batch, 1, width, dtype=torch.uint8, device=keys.device) if self.split else None
         matrix = query_matrix(width, width - self.form.wide_channels, ((0, width),), keys.device) if self.is_spectral else None
-        history = FragmentHistory(
-            self.form, batch=batch, heads=heads, capacity=capacity, device=keys.device, order=order, matrix=matrix
-        )
-        if self.split and self.split.select == "range":
-            history.choose_order(keys)
-        elif self.split:
-            order.copy_(channel_order(self.split.choose(keys), width))
-        return history
+        return FragmentHistory(self.form, batch=batch, heads=heads, capacity=capacity, device=keys.device, order=order, matrix=matrix)
+
+    def _choose_order(self, history: FragmentHistory, keys: torch.Tensor, counts: list[int], numbers: torch.Tensor | None) -> None:
+        """Choose the order of channels of the sequences that get their first tokens."""
+        begun = [row for row, (held, count) in enumerate(zip(history.held, counts, strict=True)) if count and not held]
+        if not self.split or not begun:
+            return
+        if self.split.select != "range":
+            for row in begun:
+                order = channel_order(self.split.choose(keys[row : row + 1, :, : counts[row]]), keys.shape[3])
+                history.order[row] = order[0]
+            return
+        before = None if len(begun) == len(counts) else history.order.clone()
+        history.choose_order(keys, count=numbers)
+        if before is not None:
+            others = [row for row in range(len(counts)) if row not in begun]
+            history.order[others] = before[others]
 
 
 def raise_faults(history: FragmentHistory) -> None:

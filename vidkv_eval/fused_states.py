@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values, packed_form, read_keys, read_values
+from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels import attend_cuda, nvrtc
@@ -22,7 +23,7 @@ from vidkv_kernels.attend import OP as ATTEND
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.fragment_history import FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm
-from vidkv_kernels.packed import FullPrecision, PackedLayer
+from vidkv_kernels.packed import FullPrecision, PackedKeys, PackedLayer, PackedValues
 from vidkv_kernels.packed_history import SPARE, PackedHistory, select_sequences
 from vidkv_kernels.packed_rows import PackedRows, whole_batch
 
@@ -131,6 +132,8 @@ class FusedStates:
         self.version = 0
         self._lengths = lengths
         self._has_fragments = reads_fragments(recipe, like)
+        self._direct = DirectQuantizer.of(recipe, like.shape[3]) if self._has_fragments else None
+        self._is_checked = True  # whether all that was quantized is known to have been finite
         self._history: FragmentHistory | PackedHistory | None = None
         batch, self._heads, _, self._channels = like.shape
         shape = (batch, self._heads, recipe.residual_length + keep_newest, self._channels)
@@ -193,10 +196,9 @@ class FusedStates:
         for member in self.members:
             # Nothing is stored of positions that are padding.
             skipped = min(max(0, member.padding - self.tokens), added)
-            states = {
-                name: torch.cat([self._residual(member, name), _take(new[name], member.rows)[:, :, skipped:].to(buffer.dtype)], dim=2)
-                for name, buffer in self._buffers.items()
-            }
+            states = {name: _take(new[name], member.rows)[:, :, skipped:].to(buffer.dtype) for name, buffer in self._buffers.items()}
+            if member.residual:
+                states = {name: torch.cat([self._residual(member, name), tensor], dim=2) for name, tensor in states.items()}
             is_first = not member.length
             count = self._count_leaving(states["key"].shape[2], is_first)
             if is_first and states["key"].shape[2]:
@@ -222,8 +224,15 @@ class FusedStates:
         return PackedStep(self, new)
 
     def settle(self) -> None:
-        """Quantize what the last step left to be quantized; its attention must be done."""
+        """Quantize what the last step left to be quantized; its attention must be done.
+
+        Raises:
+            ArithmeticError: as `append`, also for what was quantized before this call.
+        """
         self._write()
+        if not self._is_checked:
+            raise_faults(self._history)
+            self._is_checked = True
         if not any(member.due for member in self.members):
             return
         self._lengths.changes += 1
@@ -393,6 +402,35 @@ class FusedStates:
         """Quantize the oldest tokens of some members and count them as history."""
         if not leaving:
             return
+        capacity = 0 if self._history is None or not self._has_fragments else self._history.capacity
+        begun = [row for member, _ in leaving if not member.history for row in member.rows]
+        if self._direct is None:
+            packed = self._pack(leaving)
+        for member, states in leaving:
+            member.history += states["key"].shape[2]
+        held = self._by_row("history")
+        if self._has_fragments and max(held) > capacity:
+            # At first the residual of an answer finds room, so that a captured step stays right beyond the first time it is full.
+            capacity = max(held) + (max(held) // SPARE if capacity else self.recipe.residual_length)
+            self._forget_attention()
+        if self._direct is not None:
+            counts = [0] * self.batch
+            for member, states in leaving:
+                for row in member.rows:
+                    counts[row] = states["key"].shape[2]
+            states = self._whole_batch(leaving)
+            self._history = self._direct.quantize(self._history, states["key"], states["value"], capacity, counts=counts)
+            self._is_checked = False
+        elif self._history is None:
+            self._history = FragmentHistory.from_packed(*packed, capacity=capacity) if self._has_fragments else PackedHistory(*packed)
+        elif self._has_fragments:
+            self._history.reserve(capacity)
+            self._history.append(*packed, held, begun)
+        else:
+            self._history.append(*packed)
+
+    def _pack(self, leaving: list[tuple[Member, States]]) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
+        """Let the quantizers of the recipe quantize tokens, and pack what they store."""
         parts = []
         for member, states in leaving:
             quantized = {}
@@ -410,25 +448,19 @@ class FusedStates:
             parts.append(PackedRows(member.rows, keys, values))
             if not member.history:
                 member.choices = {name: _choices_of(stored) for name, stored in quantized.items()}
-        begun = [row for member, _ in leaving if not member.history for row in member.rows]
-        for member, states in leaving:
-            member.history += states["key"].shape[2]
-        keys, values = whole_batch(parts, self.batch)
-        if not self._has_fragments:
-            if self._history is None:
-                self._history = PackedHistory(keys, values)
-            else:
-                self._history.append(keys, values)
-            return
-        held = self._by_row("history")
-        if self._history is None:
-            # The residual of an answer finds room, so that a captured step stays right beyond the first time it is full.
-            self._history = FragmentHistory.like(keys, values, capacity=max(held) + self.recipe.residual_length)
-            self._forget_attention()
-        elif max(held) > self._history.capacity:
-            self._history.reserve(max(held) + max(held) // SPARE)
-            self._forget_attention()
-        self._history.append(keys, values, held, begun)
+        return whole_batch(parts, self.batch)
+
+    def _whole_batch(self, parts: list[tuple[Member, States]]) -> States:
+        """Return states of some members as states of the whole batch, with as many tokens as the most of them have."""
+        if len(self.members) == 1:
+            return parts[0][1]
+        tokens = max(states["key"].shape[2] for _, states in parts)
+        whole = {}
+        for name, buffer in self._buffers.items():
+            whole[name] = torch.zeros(self.batch, self._heads, tokens, self._channels, dtype=buffer.dtype, device=self.device)
+            for member, states in parts:
+                _put(whole[name][:, :, : states[name].shape[2]], member.rows, states[name])
+        return whole
 
     def _forget_attention(self) -> None:
         self._lengths.changes += 1
