@@ -14,6 +14,9 @@ Keys of a record:   for each 32 tokens: words of 2-bit fragments, then of 1-bit 
 Values of a record: for each 32 tokens: words; then scales, then stored offsets.
 The 16 channels of a fragment have the same width, so some 1-bit channels may lie in 2-bit fields; missing key channels are zero.
 
+Protected tokens have values in records of their own, as form `Form.protected`; records of values then hold S tokens of one kind, which
+need not be consecutive. Keys lie as ever. `protected_values` has the bits that say which token is of which kind.
+
 Metadata of 4 bits: scale (upper half) and offset of a channel share a byte; offsets that are not stored are zero. The word of a lane:
     keys    channels 16 step + 8 kh + 2 t + e in byte 2 e + kh, a word for each fragment
     values  channels of tile 2 j + parity in byte 2 rr + parity, a word for each j
