@@ -16,6 +16,7 @@ from vidkv_kernels import pack_cuda
 from vidkv_kernels.fragments import (
     TOKEN_GROUP,
     Form,
+    identity_fragments,
     matrix_fragments,
     pack_keys,
     pack_units,
@@ -76,6 +77,9 @@ class FragmentHistory:
         self.order = order
         self.matrix = matrix
         self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
+        if matrix is None and form.metadata_bits == 4:
+            # The kernel multiplies the query with units where it maps it.
+            self.matrix_fragments = identity_fragments(form, device)
         self.center = center
         self.units = units
 

@@ -253,6 +253,12 @@ def matrix_fragments(form: Form, matrix: torch.Tensor) -> torch.Tensor:
     return fields.permute(4, 0, 6, 2, 1, 5, 3).contiguous().flatten().view(torch.uint8)
 
 
+@functools.cache
+def identity_fragments(form: Form, device: torch.device) -> torch.Tensor:
+    """Return the fragments of a map that changes nothing."""
+    return matrix_fragments(form, torch.eye(form.width, device=device))
+
+
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:
     """Pack values of whole groups.
 
