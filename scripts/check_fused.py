@@ -150,7 +150,8 @@ def table(reports: list[dict]) -> str:
                 f"{report['model']}, {report['dtype']}", name, report["prompt_tokens"], entry["new_tokens"], f"{sum(stored) / 2**20:.2f}",
                 f"{fused['bits']:.3f}", "" if expected is None else "yes" if stored == list(expected) else f"**no: {expected}**",
                 f"{fused['allocated_bytes'] / 2**20:.2f}" if "allocated_bytes" in fused else "", fused["replays"],
-                _step(entry["graphs_part_from_steps_at"]), _step(entry["steps_part_from_dense_at"]), f"{entry['largest_difference_of_logits']:.3f}", f"{entry['largest_logit']:.2f}",
+                _step(entry["graphs_part_from_steps_at"]), _step(entry["steps_part_from_dense_at"]),
+                f"{entry['largest_difference_of_logits']:.3f}", f"{entry['largest_logit']:.2f}",
                 *(f"{entry[way]['seconds']:.2f}" for way in ("graphs", "steps", "dense")),
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
