@@ -13,7 +13,7 @@
 //   KEY_STEPS       k-steps of 16 key channels; WIDE_STEPS of them, the first ones, have 2-bit codes
 //   STORED_STEPS    first k-steps that have a stored offset
 //   CHANNELS, WIDE_CHANNELS, CENTRED_FROM   key channels, those with 2-bit codes, and the first one whose middle code is not 0
-//   TERNARY, TERNARY_END   key channels with codes 0, 1, 2, from the first one to before the second
+//   TERNARY_FROM, TERNARY_TO   key channels with codes 0, 1, 2, from the first one to before the second
 //   CHUNKS          blocks of 32 tokens in a record, which share metadata
 //   METADATA_BITS   of scales and offsets: 16, or 4, which a unit (and for offsets a center) of each channel gives a meaning
 //   VALUE_BITS, VALUE_CENTRE (twice the middle code, if codes are centred, else 0), VALUE_STORED (offset in metadata)
@@ -61,10 +61,11 @@ constexpr int VALUE_OFFSET_AT = VALUE_SCALE_AT + VALUE_METADATA;
 constexpr int VALUE_RECORD = VALUE_OFFSET_AT + (VALUE_STORED || METADATA_BITS == 4 ? VALUE_METADATA : 0);
 constexpr int TOKEN_GROUPS = WIDTH / 32;
 constexpr int MAPPED_ROW = KEY_STEPS * 16 + 4;
-constexpr int QUERY_ROW = WIDTH + 2;
+constexpr int QUERY_ROW = WIDTH + 8;
 constexpr int MAPPED_BYTES = 8 * (MAPPED_ROW * 4 > QUERY_ROW * 2 ? MAPPED_ROW * 4 : QUERY_ROW * 2);
 constexpr int KEY_CHANNELS = KEY_STEPS * 16;
-constexpr int UNIT_BYTES = METADATA_BITS == 4 ? 3 * 2 * (KEY_CHANNELS + WIDTH) : 0;
+constexpr int UNIT_BYTES = 3 * 2 * (KEY_CHANNELS + WIDTH);
+constexpr int STEP_ROW = (KEY_STEPS + 3) / 4 * 4;
 constexpr int CHOSEN_OFFSET_AT = CHUNKS * TILES * 128 + WIDTH * 2;
 constexpr int CHOSEN_RECORD = CHOSEN_OFFSET_AT + WIDTH * 2;
 constexpr int CHOSEN_RECORDS = 2;  // protected ones, taken at a time
@@ -83,6 +84,7 @@ constexpr float CODE_UNIT = 5.9604644775390625e-8f;  // 2^-24
 constexpr u32 OFFSET_MASK = 0x000f000fu, SCALE_MASK = 0x00f000f0u;
 constexpr float SCALE_FIELD = METADATA_BITS == 4 ? 1048576.f : 1.f;
 
+static_assert(METADATA_BITS == 16 || MAPPED, "with metadata of 4 bits, attend_cuda.py gives a matrix");
 static_assert(KEY_RECORD % 16 == 0 && VALUE_RECORD % 16 == 0, "records are copied in pieces of 16 bytes");
 static_assert(!PROTECTED || (QUEUE & (QUEUE - 1)) == 0, "places in queues are taken modulo their size");
 
@@ -261,7 +263,7 @@ struct Chosen {  // protected tokens
 
 __device__ __forceinline__ float middle(int channel) {
   if (channel < CENTRED_FROM || channel >= CHANNELS) return 0.f;
-  return channel >= TERNARY && channel < TERNARY_END ? 1.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
+  return channel >= TERNARY_FROM && channel < TERNARY_TO ? 1.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
 }
 __device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
   return 32 * (tile >> 1) + 8 * (g >> 1) + 4 * (tile & 1) + 2 * row_half + (g & 1);
@@ -313,10 +315,13 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     for (int kh = 0; kh < 2; kh++)
       words[j][kh] = g < head_count ? *reinterpret_cast<const u32*>(query + (query_row + g) * WIDTH + 16 * j + 8 * kh + 2 * t) : 0u;
 #if MAPPED
-  const u8* const own_matrix = matrix + lane * 16;
-  uint4 columns[TILES];
+  constexpr int OWN_STEPS = (KEY_STEPS + WARPS - 1) / WARPS;  // every warp maps the query to some steps of 16 key channels
+  uint4 columns[OWN_STEPS][TILES];
 #pragma unroll
-  for (int j = 0; j < TILES; j++) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (min(warp, KEY_STEPS - 1) * TILES + j) * 512);
+  for (int i = 0; i < OWN_STEPS; i++)
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+      columns[i][j] = reinterpret_cast<const uint4*>(matrix)[(min(warp + i * WARPS, KEY_STEPS - 1) * TILES + j) * 32 + lane];
 #endif
 
 #if METADATA_BITS == 4
@@ -332,15 +337,45 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #endif
   u8* const after_slots = shared + WARPS * SLOT;
   uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_ROWS][32]
-  float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_ROWS * 512);
+  float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_ROWS * 512);  // [8][MAPPED_ROW]
+
+  // What is to be mapped: the query of head g as it is, or in half precision and exact but for a power of two. What does not need
+  // lengths and order is done while these are under way.
+  float shift_own = 1.f;  // what was taken out of head g, a power of two
+  u32 inputs[TILES][2];
+  auto largest = [&](float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+  };
+  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
+#if MAPPED
+  {
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
+    const int e = exponent(largest(most), 0);
+    shift_own = power(e);
+    const float down = power(-e);
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) inputs[j][kh] = pack_half(input_low(words[j][kh]) * down, input_high(words[j][kh]) * down);
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) inputs[j][kh] = words[j][kh];
+#endif
 #if ORDERED
-  // The query, its channels as they come, while what was asked for is under way.
   u16* const rows = reinterpret_cast<u16*>(mapped);  // [8][QUERY_ROW]
 #pragma unroll
   for (int j = 0; j < TILES; j++)
     if (j % WARPS == warp)
 #pragma unroll
-      for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = words[j][kh];
+      for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = inputs[j][kh];
   __syncthreads();
 #endif
 
@@ -403,14 +438,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
   u32 q[KEY_STEPS][2];
-  float shift_own = 1.f;   // what was taken out of head g, a power of two
   float centre_own = 0.f;  // query times center
   float x[KEY_STEPS][2][2];
-  auto largest = [&](float value) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-  };
-  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
 #if CENTERED
 #pragma unroll
   for (int j = 0; j < TILES; j++)
@@ -423,8 +452,11 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   centre_own += __shfl_xor_sync(~0u, centre_own, 2);
 #endif
   u8* const after_mapped = reinterpret_cast<u8*>(mapped) + MAPPED_BYTES;
-  u16* const metadata_units = reinterpret_cast<u16*>(after_mapped + TILES * 256);  // [3][KEY_CHANNELS], [3][WIDTH]
-  float* const offset_sums = reinterpret_cast<float*>(metadata_units + UNIT_BYTES / 2);  // [2][8], see below
+  u16* const metadata_units = reinterpret_cast<u16*>(after_mapped + TILES * 256);         // [3][KEY_CHANNELS], [3][WIDTH]
+  float* const without_unit = reinterpret_cast<float*>(metadata_units + UNIT_BYTES / 2);  // [8][MAPPED_ROW]
+  float* const step_offset_most = without_unit + 8 * MAPPED_ROW;                          // [8][STEP_ROW]
+  float* const step_constant = step_offset_most + 8 * STEP_ROW;                           // [8][STEP_ROW]
+  float* const offset_worth = step_constant + 8 * STEP_ROW;                               // [8]
 #if METADATA_BITS == 4
 #pragma unroll
   for (int k = 0; k < OWN_PIECES; k++)
@@ -446,32 +478,43 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #pragma unroll
   for (int j = 0; j < TILES; j++) {
     const uint2 two = *reinterpret_cast<const uint2*>(ordered + (j * 32 + lane) * 2);
-    words[j][0] = two.x;
-    words[j][1] = two.y;
+    inputs[j][0] = two.x;
+    inputs[j][1] = two.y;
   }
 #endif
 #if MAPPED
-  // 16 key channels a warp; the query is exact but for a power of two.
   {
-    float most = 0.f;
 #pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
-    const int e = exponent(largest(most), 0);
-    shift_own = power(e);
-    const float down = power(-e);
-    for (int step = warp; step < KEY_STEPS; step += WARPS) {
+    for (int i = 0; i < OWN_STEPS; i++) {
+      const int step = warp + i * WARPS;
+      if (step >= KEY_STEPS) break;
       float even[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
       for (int j = 0; j < TILES; j++) {
-        const u32 b0 = pack_half(input_low(words[j][0]) * down, input_high(words[j][0]) * down);
-        const u32 b1 = pack_half(input_low(words[j][1]) * down, input_high(words[j][1]) * down);
-        if (step != warp) columns[j] = *reinterpret_cast<const uint4*>(own_matrix + (step * TILES + j) * 512);
-        mma(j % 2 ? odd : even, columns[j].x, columns[j].y, columns[j].z, columns[j].w, b0, b1, j % 2 ? odd : even);
+        const uint4& a = columns[i][j];
+        mma(j % 2 ? odd : even, a.x, a.y, a.z, a.w, inputs[j][0], inputs[j][1], j % 2 ? odd : even);
+      }
+#if METADATA_BITS == 4
+      // A code of 4 bits multiplies the query times the unit.
+      float most[2] = {0.f, 0.f};  // of heads 2 t and 2 t + 1, times the unit of offsets
+#pragma unroll
+      for (int k = 0; k < 4; k++) {
+        const int channel = 16 * step + 8 * (k >> 1) + g, at = (2 * t + (k & 1)) * MAPPED_ROW + channel;
+        const float value = even[k] + odd[k];
+        mapped[at] = value * half_low(metadata_units[channel]);
+        without_unit[at] = value;
+        most[k & 1] = fmaxf(most[k & 1], fabsf(value * half_low(metadata_units[KEY_CHANNELS + channel])));
       }
 #pragma unroll
+      for (int k = 4; k < 32; k *= 2) {
+        most[0] = fmaxf(most[0], __shfl_xor_sync(~0u, most[0], k));
+        most[1] = fmaxf(most[1], __shfl_xor_sync(~0u, most[1], k));
+      }
+      if (g < 2) step_offset_most[(2 * t + g) * STEP_ROW + step] = g ? most[1] : most[0];
+#else
+#pragma unroll
       for (int k = 0; k < 4; k++) mapped[(2 * t + (k & 1)) * MAPPED_ROW + 16 * step + 8 * (k >> 1) + g] = even[k] + odd[k];
+#endif
     }
     __syncthreads();
 #pragma unroll
@@ -488,53 +531,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   for (int j = 0; j < KEY_STEPS; j++)
 #pragma unroll
     for (int kh = 0; kh < 2; kh++) {
-      x[j][kh][0] = input_low(words[j][kh]);
-      x[j][kh][1] = input_high(words[j][kh]);
-    }
-#endif
-#if METADATA_BITS == 4
-  // A code of 4 bits multiplies the query times the unit. What offsets have in common is added once, to all tokens of history.
-  auto unit_of = [&](int which, int j, int kh) {
-    return *reinterpret_cast<const u32*>(metadata_units + which * KEY_CHANNELS + 16 * j + 8 * kh + 2 * t);
-  };
-  if (warp == 0) {
-    float most = 0.f, constant = 0.f, sum_of_units = 0.f;
-#pragma unroll
-    for (int j = 0; j < STORED_STEPS; j++)
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) {
-        const u32 unit = unit_of(1, j, kh), at = unit_of(2, j, kh);
-        most = fmaxf(most, fmaxf(fabsf(x[j][kh][0] * half_low(unit)), fabsf(x[j][kh][1] * half_high(unit))));
-        constant = fmaf(x[j][kh][0], half_low(at), fmaf(x[j][kh][1], half_high(at), constant));
-      }
-    const int e = exponent(largest(most), 13);
-    const float down = power(-e);
-#pragma unroll
-    for (int j = 0; j < STORED_STEPS; j++) {
-      u32 w[2];
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) {
-        const u32 unit = unit_of(1, j, kh);
-        w[kh] = pack_half(x[j][kh][0] * half_low(unit) * down, x[j][kh][1] * half_high(unit) * down);
-        sum_of_units += half_low(w[kh]) + half_high(w[kh]);
-      }
-      *reinterpret_cast<uint2*>(&offset_query[j * 32 + lane].z) = make_uint2(w[0], w[1]);
-    }
-    constant = fmaf(sum_of_units, -7.f * power(e), constant);  // as rounded, so that code 7 adds exactly nothing
-    constant += __shfl_xor_sync(~0u, constant, 1);
-    constant += __shfl_xor_sync(~0u, constant, 2);
-    if (t == 0) {
-      offset_sums[g] = shift_own * power(e);
-      offset_sums[8 + g] = shift_own * constant;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < KEY_STEPS; j++)
-#pragma unroll
-    for (int kh = 0; kh < 2; kh++) {
-      const u32 unit = unit_of(0, j, kh);
-      x[j][kh][0] *= half_low(unit);
-      x[j][kh][1] *= half_high(unit);
+      x[j][kh][0] = input_low(inputs[j][kh]);
+      x[j][kh][1] = input_high(inputs[j][kh]);
     }
 #endif
   {
@@ -544,7 +542,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 #pragma unroll
       for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(x[j][kh][0]), fabsf(x[j][kh][1])));
     const int e = exponent(largest(most) * fmaxf(1.f, key_bound), 13);
-    shift_own *= power(e);
     const float down = power(-e);
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++)
@@ -556,22 +553,38 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         q[j][kh] = pack_half(x[j][kh][0] * f, x[j][kh][1] * f);
       }
 #if METADATA_BITS == 4
-    if (warp == 0) {
+    // What multiplies codes of scales, for the middle, and of offsets; and what these offsets have in common, at their center.
+    float offset_most = 0.f;
 #pragma unroll
-      for (int j = 0; j < KEY_STEPS; j++) {
-        u32 w[2];
+    for (int j = 0; j < KEY_STEPS; j++) offset_most = fmaxf(offset_most, step_offset_most[g * STEP_ROW + j]);
+    const int offset_e = exponent(offset_most, 13);
+    if (warp == 0 && t == 0) offset_worth[g] = shift_own * power(offset_e);
+#pragma unroll 1
+    for (int j = warp; j < KEY_STEPS; j += WARPS) {
+      u32 w[2][2];
+      float constant = 0.f, sum_of_units = 0.f;
 #pragma unroll
-        for (int kh = 0; kh < 2; kh++) {
-          const int channel = 16 * j + 8 * kh + 2 * t;
-          w[kh] = pack_half(x[j][kh][0] * -middle(channel), x[j][kh][1] * -middle(channel + 1));
-        }
-        *reinterpret_cast<uint2*>(&offset_query[j * 32 + lane].x) = make_uint2(w[0], w[1]);
+      for (int kh = 0; kh < 2; kh++) {
+        const int channel = 16 * j + 8 * kh + 2 * t;
+        const float2 scaled = *reinterpret_cast<const float2*>(mapped + g * MAPPED_ROW + channel);
+        const float2 plain = *reinterpret_cast<const float2*>(without_unit + g * MAPPED_ROW + channel);
+        const u32 unit = *reinterpret_cast<const u32*>(metadata_units + KEY_CHANNELS + channel);
+        const u32 at = *reinterpret_cast<const u32*>(metadata_units + 2 * KEY_CHANNELS + channel);
+        w[0][kh] = pack_half(scaled.x * down * -middle(channel), scaled.y * down * -middle(channel + 1));
+        w[1][kh] = pack_half(plain.x * half_low(unit) * power(-offset_e), plain.y * half_high(unit) * power(-offset_e));
+        sum_of_units += half_low(w[1][kh]) + half_high(w[1][kh]);
+        constant = fmaf(plain.x, half_low(at), fmaf(plain.y, half_high(at), constant));
       }
+      offset_query[j * 32 + lane] = make_uint4(w[0][0], w[0][1], w[1][0], w[1][1]);
+      constant = fmaf(sum_of_units, -7.f * power(offset_e), constant);  // units as rounded, so that code 7 adds exactly nothing
+      constant += __shfl_xor_sync(~0u, constant, 1);
+      constant += __shfl_xor_sync(~0u, constant, 2);
+      if (t == 0) step_constant[g * STEP_ROW + j] = shift_own * constant;
     }
 #else
-    if (warp == 0) {
 #pragma unroll
-      for (int p = 0; p < OFFSET_PAIRS; p++) {
+    for (int p = 0; p < OFFSET_PAIRS; p++) {
+      if (p % WARPS == warp) {
         u32 w[2][2] = {{0u, 0u}, {0u, 0u}};
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -590,6 +603,7 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       }
     }
 #endif
+    shift_own *= power(e);
   }
   // Scores are computed in units of 2^-24 (rows g) and 2^-20 (rows g + 8), their offsets in units of 1, with scales in 4 bits both smaller
   // by those of the scales; these turn them into exponents of 2, for heads 2 t and 2 t + 1.
@@ -607,11 +621,14 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   const u32 half_limit = (u32)((int)(bias + GROWTH) + 15) << 10;  // the running maximum is raised when it would grow by more than 2^GROWTH
   if (OFFSET_ROWS > 0) __syncthreads();
   float stored0 = 0.f, stored1 = 0.f;  // what stored offsets in 4 bits are worth
-  if (METADATA_BITS == 4 && STORED_STEPS > 0) {
-    stored0 = exponent_scale * 16777216.f * offset_sums[2 * t];
-    stored1 = exponent_scale * 16777216.f * offset_sums[2 * t + 1];
-    centre0 = fmaf(exponent_scale, offset_sums[8 + 2 * t], centre0);
-    centre1 = fmaf(exponent_scale, offset_sums[8 + 2 * t + 1], centre1);
+  if (METADATA_BITS == 4) {
+    stored0 = exponent_scale * 16777216.f * offset_worth[2 * t];
+    stored1 = exponent_scale * 16777216.f * offset_worth[2 * t + 1];
+#pragma unroll
+    for (int j = 0; j < STORED_STEPS; j++) {
+      centre0 = fmaf(exponent_scale, step_constant[2 * t * STEP_ROW + j], centre0);
+      centre1 = fmaf(exponent_scale, step_constant[(2 * t + 1) * STEP_ROW + j], centre1);
+    }
   }
   // Value channels of this lane, rows g and g + 8 of a tile: 0 unit of scales, 1 unit and 2 center of offsets.
   auto value_unit_of = [&](int which, int m) {

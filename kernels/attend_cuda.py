@@ -254,10 +254,11 @@ def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     if form.is_protected:
         rows = 2 * max(2 * records, 4) * form.group_size + 1  # of two queues of probabilities, 16 bytes each
         slots += warps * (form.value_record_bytes + 2 * form.protected.value_record_bytes + 16 * rows + 16)
-    mapped = max(8 * (16 * form.key_steps + 4) * 4, 8 * (form.width + 2) * 2)
-    ordered = 16 * form.width
-    units = 6 * (16 * form.key_steps + form.width) + 64 if form.metadata_bits == 4 else 0
-    return max(slots + 512 * form.offset_rows + mapped + ordered + units, warps * 8 * (form.width + 3) * 4)
+    row = 4 * (16 * form.key_steps + 4)
+    mapped = 8 * max(row, 2 * (form.width + 8)) + 16 * form.width
+    if form.metadata_bits == 4:
+        mapped += 6 * (16 * form.key_steps + form.width) + 8 * row + 64 * (-(-form.key_steps // 4) * 4) + 32
+    return max(slots + 512 * form.offset_rows + mapped, warps * 8 * (form.width + 3) * 4)
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from vidkv_kernels.fragments import (
     TOKEN_GROUP,
     Form,
     UnsupportedForm,
+    identity_fragments,
     matrix_fragments,
     pack_keys,
     pack_units,
@@ -95,6 +96,9 @@ class FragmentHistory:
         self.scratch = None if order is None else torch.zeros(batch, 2 * form.width + 1, dtype=torch.int32, device=device)
         self.matrix = matrix
         self.matrix_fragments = None if matrix is None else matrix_fragments(form, matrix)
+        if matrix is None and form.metadata_bits == 4:
+            # The kernel multiplies the query with units where it maps it.
+            self.matrix_fragments = identity_fragments(form, device)
         self.center = center
         self.units = units
         blocks = records * form.chunks

@@ -244,8 +244,8 @@ class Form:
             "CHANNELS": self.channels,
             "WIDE_CHANNELS": self.wide_channels,
             "CENTRED_FROM": self.centred_from,
-            "TERNARY": ternary,
-            "TERNARY_END": ternary_end,
+            "TERNARY_FROM": ternary,
+            "TERNARY_TO": ternary_end,
             "METADATA_BITS": self.metadata_bits,
             "CHUNKS": self.chunks,
             "VALUE_BITS": self.value_bits,
@@ -305,6 +305,12 @@ def matrix_fragments(form: Form, matrix: torch.Tensor) -> torch.Tensor:
     # [k, kh, t, e, step, rr, g] to [step, k, g, t, kh, rr, e]
     fields = padded.unflatten(1, (-1, 2, 8)).unflatten(0, (-1, 2, 4, 2))
     return fields.permute(4, 0, 6, 2, 1, 5, 3).contiguous().flatten().view(torch.uint8)
+
+
+@functools.cache
+def identity_fragments(form: Form, device: torch.device) -> torch.Tensor:
+    """Return the fragments of a map that changes nothing."""
+    return matrix_fragments(form, torch.eye(form.width, device=device))
 
 
 def pack_values(form: Form, codes: torch.Tensor, scale: torch.Tensor | None, offset: torch.Tensor | None) -> torch.Tensor:

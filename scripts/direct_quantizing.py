@@ -31,7 +31,7 @@ def calls_of(
         torch._foreach_zero_([history.lengths for history in histories])
 
     def quantize(index: int) -> None:
-        histories[index].quantize(*states[index], quantizer.threshold, max_length=tokens)
+        histories[index].quantize(*states[index], quantizer.threshold, held=[tokens])
 
     def choose(index: int) -> None:
         if histories[index].order is not None:
@@ -57,7 +57,7 @@ def _check(quantizer: DirectQuantizer, history, pair: torch.Tensor) -> None:
     if history.order is not None:
         plain.order.copy_(history.order.cpu())
     plain.lengths.zero_()
-    plain.quantize(*(side[:, :, :1024].cpu().float() for side in pair), quantizer.threshold, max_length=1024)
+    plain.quantize(*(side[:, :, :1024].cpu().float() for side in pair), quantizer.threshold, held=[1024])
     (found_keys, found_values), (keys, values) = history.unpack(), plain.unpack()
     for left, right in ((found_keys, keys), (*found_values, *values)):
         assert (left.unpack()[:, :, :1024].cpu() != right.unpack()[:, :, :1024]).float().mean() < 1e-4

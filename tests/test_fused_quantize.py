@@ -63,7 +63,7 @@ def test_all_channels_may_be_of_one_kind(fraction):
 def test_tokens_that_fill_no_group_are_refused_and_room_is_made():
     quantizer = DirectQuantizer.of(load_recipe(SCALED), 64)
     keys, values = make_states(CPU, torch.float16, 64, tokens=96)
-    with pytest.raises(ValueError, match="65 tokens cannot be cut into groups of 32"):
+    with pytest.raises(ValueError, match=r"\[65, 65\] tokens cannot be cut into groups of 32"):
         quantizer.quantize(None, keys[:, :, :65], values[:, :, :65])
     history = quantizer.quantize(None, keys[:, :, :32], values[:, :, :32], capacity=100)
     assert (history.capacity, history.max_length) == (128, 32)

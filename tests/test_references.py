@@ -265,8 +265,6 @@ def test_all_layers_of_a_recipe_share_one_matrix():
         (Affine(2, PER_CHANNEL, 16), "32, 64 or 128 tokens of a channel"),
         (SplitChannels(Affine(2, PER_CHANNEL, 64), Sign("mean_plus_minus", PER_CHANNEL, 32), 0.5), "groups of one size"),
         (SplitChannels(Sign("plus_minus", PER_CHANNEL, 32), Sign("plus_minus", PER_CHANNEL, 32), 0.5), "wide channels are stored by"),
-        (SplitChannels(Affine(2, PER_CHANNEL, 32), Affine(2, PER_CHANNEL, 32), 0.5), "normal channels are stored by"),
-        (Spectral(Affine(2, PER_CHANNEL, 32)), "normal channels are stored by"),
         (Ternary(0.7, True, PER_CHANNEL, 32), "kernels read Affine with 1 or 2 bits"),
     ],
 )

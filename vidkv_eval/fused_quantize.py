@@ -54,6 +54,8 @@ class DirectQuantizer:
             return None
         split = recipe.key if isinstance(recipe.key, SplitChannels) else None
         normal = split.normal if split else recipe.key
+        if isinstance(normal, Spectral) and normal.inner.code_count != 2:
+            return None
         threshold = recipe.value.threshold if isinstance(recipe.value, Ternary) else 0.0
         return cls(form, split, threshold, isinstance(normal, Spectral) and keys.matrix is not None)
 

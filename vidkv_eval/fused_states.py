@@ -422,10 +422,18 @@ class FusedStates:
             self._history = self._direct.quantize(self._history, states["key"], states["value"], capacity, counts=counts)
             self._is_checked = False
         elif self._history is None:
-            self._history = FragmentHistory.from_packed(*packed, capacity=capacity) if self._has_fragments else PackedHistory(*packed)
+            if self._has_fragments:
+                form = Form.of(*packed_form(self.recipe.key, self.recipe.value, self._channels))
+                self._history = FragmentHistory.like(*packed, capacity, form)
+                self._history.append(*packed, held)
+            else:
+                self._history = PackedHistory(*packed)
         elif self._has_fragments:
+            version = self._history.version
             self._history.reserve(capacity)
             self._history.append(*packed, held, begun)
+            if self._history.version != version:
+                self._forget_attention()
         else:
             self._history.append(*packed)
 

@@ -39,7 +39,7 @@ def make(device, form, *, batch=1, heads=2, held=0, room=512, transform=None, or
     matrix = None if transform is None else key_matrix(form.width, transform)
     history = FragmentHistory(form, batch=batch, heads=heads, capacity=room, device=device, order=places, matrix=matrix)
     history.lengths += torch.as_tensor(held, dtype=torch.int32, device=device)
-    history.max_length = room // 4
+    history.held = [room // 4] * batch
     return history
 
 
@@ -50,7 +50,7 @@ def quantize_plainly(history, keys, values, threshold=0.0, begin=None, count=Non
     if keys.shape[2] >= size:
         history._quantize_plain(keys, values, threshold, span)
     history.lengths += span.count - span.count % size
-    history.max_length = history.capacity
+    history.held = [history.capacity] * len(history.held)
 
 
 def signs(device, channels):
@@ -68,7 +68,7 @@ def run_both(device, form, keys, values, *, threshold=0.75, begin=None, count=No
     found, expected = (make(device, form, batch=keys.shape[0], heads=keys.shape[1], **options) for _ in range(2))
     bounds = {name: None if bound is None else torch.tensor(bound, dtype=torch.int32, device=device) for name, bound in
               (("begin", begin), ("count", count))}  # fmt: skip
-    found.quantize(keys, values, threshold, max_length=found.capacity, **bounds)
+    found.quantize(keys, values, threshold, held=[found.capacity] * len(found.held), **bounds)
     quantize_plainly(expected, keys, values, threshold, **bounds)
     return found, expected
 
@@ -261,7 +261,7 @@ def test_a_graph_appends_behind_what_is_held_at_each_replay(gpu):
     found.quantize(keys, values, 0.75, count=count)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found.quantize(keys, values, 0.75, count=count, max_length=found.capacity)
+        found.quantize(keys, values, 0.75, count=count, held=[found.capacity] * len(found.held))
     for counts in ([64, 32], [0, 64], [32, 33]):
         for states in (keys, values):
             states.copy_(exact_states(generator, HALF, 2, 2, 64, 128))
@@ -279,7 +279,7 @@ def test_places_beyond_two_to_the_31_are_reached(gpu):
     form = Form(128, (wide(128),), 32, 4, "minimum")
     begin, count = (torch.tensor([number], dtype=torch.int32, device=gpu) for number in (tokens - 64, 64))
     found, expected = (make(gpu, form, heads=4) for _ in range(2))
-    found.quantize(states, states, begin=begin, count=count, max_length=64)
+    found.quantize(states, states, begin=begin, count=count, held=[64] * len(found.held))
     quantize_plainly(expected, small, small)
     check_equal(found, expected)
 
@@ -298,7 +298,7 @@ def test_what_is_not_supported_is_refused_before_a_launch(gpu):
     with pytest.raises(ValueError, match="begin is torch.int64"):
         history.quantize(states, states, begin=torch.zeros(1, dtype=torch.int64, device=gpu))
     with pytest.raises(ValueError, match="call reserve first"):
-        history.quantize(states, states, max_length=1024)
+        history.quantize(states, states, held=[1024] * len(history.held))
     for form in (Form(128, (Segment(128, 2, "mean"),)), Form(128, (wide(128),), levels=4, offset_kind="none")):
         with pytest.raises(UnsupportedForm, match="states are quantized"):
             make(gpu, form).quantize(states, states)
