@@ -269,23 +269,29 @@ def _choose(form: Form, tiles: int, room: int, device: torch.device) -> Plan:
     chunks, warps = next(plan for most, plan in PLANS if blocks_each < most)
     if form.is_value_offset_stored or form.metadata_bits == 4 or form.is_protected:
         warps = min(warps, 8)  # what they add needs registers
+    # With protected tokens a warp reads up to two records of values more, so that the fewest keys are not worth one.
+    least = 2 if form.is_protected else 1
+    chunks = max(chunks, least)
     limit = properties.shared_memory_per_block_optin
     while chunks > 1 and _shared_bytes(form, chunks, warps) > limit:
         chunks //= 2
-    splits = choose_splits(tiles, -(-room // form.group_size), warps, properties.multi_processor_count)
+    while warps > 1 and _shared_bytes(form, chunks, warps) > limit:
+        warps //= 2
+    splits = choose_splits(tiles, -(-room // form.group_size), warps, properties.multi_processor_count, least)
     return Plan(chunks, warps, 1, splits)
 
 
-def choose_splits(tiles: int, records: int, warps: int, slots: int) -> int:
+def choose_splits(tiles: int, records: int, warps: int, slots: int, least: int = 1) -> int:
     """Return by how many blocks the records of a head are shared, so that the blocks fill the device in as few rounds as possible.
 
     Args:
         tiles: heads, in blocks of 8 query heads, of all sequences.
         records: of a head.
         slots: blocks that run at the same time.
+        least: records of a warp, unless there are fewer than one block takes.
     """
     fixed = 2  # what a block costs besides its records, in records of a warp
-    most = max(1, min(-(-records // warps), 256))
+    most = max(1, min(-(-records // (warps * least)), 256))
 
     def cost(splits: int) -> float:
         return -(-tiles * splits // slots) * (records / (splits * warps) + fixed) + (0.5 if splits > 1 else 0)

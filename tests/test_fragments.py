@@ -3,6 +3,7 @@
 import builtins
 import dataclasses
 import itertools
+import types
 
 import pytest
 import torch
@@ -328,6 +329,19 @@ def test_splits_fill_the_device():
         assert 1 <= attend_cuda.choose_splits(tiles, records, 8, 132) <= max(1, -(-records // 8))
     assert attend_cuda.choose_splits(4, 4096, 8, 132) == 33
     assert attend_cuda.choose_splits(128, 1024, 8, 132) == 1
+
+
+@pytest.mark.parametrize("limit", [99 << 10, 163 << 10, 227 << 10])
+@pytest.mark.parametrize("is_protected", [False, True])
+def test_plans_fit_into_shared_memory_and_give_every_warp_enough(limit, is_protected, monkeypatch):
+    device = types.SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=limit)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    for group_size, tiles, room in itertools.product((32, 64, 128), (1, 4, 32, 128), (128, 4096, 8192, 32768, 131072)):
+        form = Form(128, SCALED, group_size, is_protected=is_protected)
+        plan = attend_cuda._choose.__wrapped__(form, tiles, room, device)
+        assert attend_cuda._shared_bytes(form, plan.chunks, plan.warps) <= limit
+        assert plan.splits == 1 or (1 + is_protected) * plan.warps * (plan.splits - 1) < room // group_size
+    assert not is_protected or attend_cuda._choose.__wrapped__(Form(128, SCALED, is_protected=True), 4, 4096, device).splits == 16
 
 
 def test_a_missing_library_is_named_with_its_extra(monkeypatch):
