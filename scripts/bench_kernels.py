@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import triton
+from direct_quantizing import calls_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -251,14 +252,17 @@ def attend_densely(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 
 def dequantize_and_attend(query: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
-    keys = layer.keys.decode(torch.float16) @ layer.keys.rotation.half().transpose(-1, -2)
+    keys = layer.keys.decode(torch.float16) @ layer.keys.matrix.half().T
+    places = layer.keys.order.long().argsort(dim=-1).unsqueeze(2)
+    keys = keys.gather(-1, places.expand(keys.shape))
     keys = torch.cat([keys, layer.residual.keys], dim=2)
     values = torch.cat([layer.values[0].decode(torch.float16), layer.residual.values], dim=2)
     return attend_densely(query, keys, values)
 
 
 def tensors(part: object) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor)}
+    """Return what a part of a layer has of its own: the matrix of keys is one for all layers."""
+    return {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
 
 
 def nbytes(part: object) -> int:
@@ -326,26 +330,27 @@ def quantizing_operations(states: list[torch.Tensor], recipe: Recipe) -> Iterato
         order = choose_channels.OP(pair[0], span, wide)
         quantize_keys.OP(pair[0], span, order, transform, keys)
         quantize_values.OP(pair[1], span, recipe.value.threshold, values)
-        keys.rotation.copy_(quantize_keys.key_rotation(order, wide, transform))
 
     history = FragmentHistory.from_packed(keys, (values,))
 
     def into_fragments() -> None:
         history.lengths.zero_()
-        history.max_length = 0
+        history.held = [0]
         history.append(keys, (values,))
 
     order_of_first = choose_channels.OP(states[0][0], span, wide)
     parts = {
-        ("all but fragment order", "Triton"): quantize,
-        ("order of channels", "Triton"): lambda pair: choose_channels.OP(pair[0], span, wide),
-        ("keys", "Triton"): lambda pair: quantize_keys.OP(pair[0], span, order_of_first, transform, keys),
-        ("values", "Triton"): lambda pair: quantize_values.OP(pair[1], span, recipe.value.threshold, values),
-        ("map of the query", "torch"): lambda pair: quantize_keys.key_rotation(order_of_first, wide, transform),
-        ("into fragment order", "CUDA"): lambda pair: into_fragments(),
+        "all but fragment order": quantize,
+        "order of channels": lambda pair: choose_channels.OP(pair[0], span, wide),
+        "keys": lambda pair: quantize_keys.OP(pair[0], span, order_of_first, transform, keys),
+        "values": lambda pair: quantize_values.OP(pair[1], span, recipe.value.threshold, values),
     }
-    for (name, provider), part in parts.items():
-        yield name, provider, LAYERS * history.nbytes, [lambda pair=pair, part=part: part(pair) for pair in states]
+    for name, part in parts.items():
+        yield name, "Triton", LAYERS * history.nbytes, [lambda pair=pair, part=part: part(pair) for pair in states]
+    yield "into fragment order", "CUDA", LAYERS * history.nbytes, [into_fragments] * LAYERS
+    direct, stored = calls_of(PROMPT_TOKENS, LAYERS, recipe.name, states[0].dtype)
+    for name, calls in direct.items():
+        yield name, "CUDA, straight into records", stored, calls
 
 
 def time_calls(calls: list[Callable[[], object]], replays: int = 20) -> tuple[float, float, float]:
@@ -450,10 +455,11 @@ def _since(times: dict[int, float], others: dict[int, float]) -> str:
     lengths = sorted(times.keys() & others.keys())
     slower = [length for length in lengths if times[length] >= others[length]]
     faster = [length for length in lengths if not slower or length > slower[-1]]
+    if not lengths:
+        return "was not measured beside"
     if not faster:
-        return f"at batch 1, {lengths[-1]:,} tokens, the longest measured, is not faster than" if lengths else "was not measured beside"
-    since = f"from {faster[0]:,} tokens on" if slower else f"from {faster[0]:,} tokens, the shortest measured, on"
-    return f"at batch 1 is faster {since} than"
+        return f"is at batch 1 still slower at {lengths[-1]:,} tokens, the longest measured, than"
+    return f"is at batch 1 faster from {faster[0]:,} tokens on{'' if slower else ', the shortest measured,'} than"
 
 
 def plot(rows: list[dict], path: Path) -> None:
