@@ -14,6 +14,7 @@ from vidkv_eval import fused_states
 from vidkv_eval.attention import FUSED, GROUPED, fused, use_attention
 from vidkv_eval.cache import Footprint, FusedGroup, QuantizedCache
 from vidkv_eval.fused_states import PackedStep
+from vidkv_eval.graphs import KNOWN, StepGraphs
 from vidkv_eval.harness import Session
 from vidkv_eval.library_cache import make_cache
 from vidkv_eval.prompt import Prompt
@@ -290,10 +291,22 @@ def test_mini_models_say_what_they_say_with_the_dense_cache(name, monkeypatch):
     session = Session(settings["model"], settings["benchmark"], settings["profile"]["data"], device="cpu", limit=2)
     recipes, steps, attend = [load_recipe(KIVI), load_recipe(SCALED)], [], PackedStep.attend
     monkeypatch.setattr(PackedStep, "attend", lambda *arguments: steps.append(1) or attend(*arguments))
-    answers = {}
+    answers, given = {}, set()
+    graphs = session.adapter.model.get_decoder().forward
+    forward = graphs.forward
+
+    def noting(**arguments):
+        given.update(name for name, value in arguments.items() if value is not None)
+        return forward(**arguments)
+
+    graphs.forward = noting
     for attention in (FUSED, GROUPED):
         if attention == GROUPED:
+            graphs.forward = forward
+            # On a GPU, where steps are repeated as graphs, these models are called with nothing that graphs do not know.
+            assert given <= KNOWN
             use_attention(session.adapter.model, GROUPED)
+            assert not isinstance(session.adapter.model.get_decoder().forward, StepGraphs)
         answers[attention] = [answer for sample in (0, 1) for answer in session.answer(sample, recipes, settings["profile"]["cache"])]
         layers = session.adapter.model.config.get_text_config().num_hidden_layers
         assert len(steps) == layers * sum(answer.output_tokens - 1 for answer in answers[FUSED])
@@ -463,25 +476,66 @@ def test_short_histories_can_be_left_to_dequantized_states(monkeypatch):
 # The history of the CUDA kernels, without them: its bytes are those that the kernels read
 
 
-@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", OURS])
-def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
-    class Attend:
-        """What `attend_cuda.Attend` does, in torch."""
+class Attend:
+    """What `attend_cuda.Attend` does, in torch."""
 
-        def __init__(self, history, residual, query_heads, scaling):
-            self.history, self.residual, self.scaling = history, residual, scaling
+    def __init__(self, history, residual, query_heads, scaling):
+        self.history, self.residual, self.scaling = history, residual, scaling
 
-        def __call__(self, query, new):
-            lengths = self.residual.lengths.tolist()
-            for buffer, token in zip((self.residual.keys, self.residual.values), new, strict=True):
-                for row, length in enumerate(lengths):
-                    buffer[row, :, length] = token[row, :, 0]
-            residual = dataclasses.replace(self.residual, lengths=self.residual.lengths + 1)
-            packed = self.history.unpack() if self.history else (None, ())
-            return attend_reference(query, PackedLayer(*packed, residual), self.scaling)
+    def __call__(self, query, new):
+        lengths = self.residual.lengths.tolist()
+        for buffer, token in zip((self.residual.keys, self.residual.values), new, strict=True):
+            for row, length in enumerate(lengths):
+                buffer[row, :, length] = token[row, :, 0]
+        residual = dataclasses.replace(self.residual, lengths=self.residual.lengths + 1)
+        packed = self.history.unpack() if self.history else (None, ())
+        return attend_reference(query, PackedLayer(*packed, residual), self.scaling)
 
+
+
+def keep_fragments(monkeypatch):
     monkeypatch.setattr(fused_states, "reads_fragments", lambda recipe, like: True)
     monkeypatch.setattr(attend_cuda, "Attend", Attend)
+
+
+@pytest.mark.parametrize("name", [KIVI, SCALED, PROTECTED])
+def test_repeating_the_launches_of_a_step_does_what_the_step_does(name, monkeypatch):
+    keep_fragments(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+    states = tuple(torch.randn(2, HEADS, 700, 64, generator=generator) for _ in range(2))
+    query, module = torch.randn(2, 3 * HEADS, 1, 64, generator=generator), torch.nn.Module()
+    stepped, repeated = one_layer_cache(name, fused=True), one_layer_cache(name, fused=True)
+    captured, repeats = None, 0
+    cuts = [0, *range(70, 401), 500, 501, 502, 503]
+    for start, stop in zip(cuts, cuts[1:], strict=False):
+        new = tuple(tensor[:, :, start:stop] for tensor in states)
+        found, _ = stepped.update(*new, 0)
+        if stop - start > 1:
+            repeated.update(*new, 0)
+            continue
+        expected = fused(module, query, found, found, None, 0.2)[0].transpose(1, 2)
+        ready = repeated.prepare_repeat(torch.device("cpu"))
+        if ready == captured:
+            # What a graph does: the launches that were captured, which know nothing but memory.
+            (attention,) = repeated.layers[0].groups[0]._states._attention.values()
+            outcome = attention(query, new)
+            repeated.count_repeat()
+            repeats += 1
+        else:
+            step, _ = repeated.update(*new, 0)
+            outcome, captured = step.attend(query, 0.2), ready
+        assert torch.equal(outcome, expected)
+        assert repeated.get_seq_length() == stepped.get_seq_length() == stop
+    assert repeats > 325
+    assert repeated.footprint() == stepped.footprint()
+    empty = torch.zeros(2, HEADS, 0, 64)
+    for left, right in zip(repeated.layers[0].read(empty, empty), stepped.layers[0].read(empty, empty), strict=True):
+        assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", OURS])
+def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
+    keep_fragments(monkeypatch)
     generator = torch.Generator().manual_seed(0)
     states = tuple(torch.randn(2, HEADS, 600, 64, generator=generator) for _ in range(2))
     plain, packed = one_layer_cache(name), one_layer_cache(name, fused=True)

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 STEPS_BEFORE = 3
 """Steps alike that are done as usual before the next one is captured, which takes as long as several of them."""
-KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict", "logits_to_keep"}
+"""Arguments that decoders may be given, the last of them by models that pass on what is meant for their head; any other must be empty."""
 
 
 @dataclass(frozen=True)
