@@ -164,6 +164,11 @@ __device__ __forceinline__ float read_fresh(const float* p) {
   asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(p) : "memory");
   return x;
 }
+__device__ __forceinline__ float4 read_fresh(const float4* p) {
+  float4 x;
+  asm volatile("ld.global.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(p) : "memory");
+  return x;
+}
 
 // Copies of one warp, one for keys and one for values in flight. With bulk copies each side has a barrier; without, each copy is a
 // group, and they alternate, so that all but the newest having arrived means that the one wanted has. With protected tokens there are
@@ -1407,54 +1412,66 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   }
 }
 
-// Merges the splits of a query head: one block a head, 4 threads a channel.
-extern "C" __global__ void __launch_bounds__(4 * WIDTH)
+// Merges the splits of a query head, one block a head: WIDTH / 4 threads take a split, 4 channels each, and the block, of at most
+// 2 * WIDTH threads, several splits at a time.
+extern "C" __global__ void __launch_bounds__(2 * WIDTH)
 merge(const float* __restrict__ partial, const float* __restrict__ partial_weight, u16* __restrict__ out, int splits) {
-  constexpr int AT_ONCE = 12;
-  __shared__ float numerator[4][WIDTH], denominator[4], tops[4];
-  const int channel = threadIdx.x % WIDTH, part = threadIdx.x / WIDTH;
+  constexpr int LANES = WIDTH / 4, MOST_PARTS = 8, AT_ONCE = 5;
+  __shared__ __align__(16) float numerators[MOST_PARTS][WIDTH];
+  const int lane = threadIdx.x % LANES, part = threadIdx.x / LANES, parts = blockDim.x / LANES;
   const i64 row = blockIdx.x;
-  wait_for_previous();
-  const float* weights = partial_weight + row * splits;
-  const float* states = partial + row * splits * WIDTH + channel;
-  float top = LOWEST, n = 0.f, d = 0.f;
-  for (int first = part; first < splits; first += 4 * AT_ONCE) {
-    float state[AT_ONCE], weight[AT_ONCE], highest = top;
+  const float* const weights = partial_weight + row * splits;
+  const float4* const states = reinterpret_cast<const float4*>(partial + row * splits * WIDTH) + lane;
+  float4 state[AT_ONCE];
+  float weight[AT_ONCE];
+  auto load = [&](int first) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
-      const int split = first + 4 * k;
-      weight[k] = split < splits ? read_fresh(weights + split) : NEVER;
-      state[k] = split < splits ? read_fresh(states + (i64)split * WIDTH) : 0.f;
+      const int split = first + parts * k;
+      weight[k] = NEVER;
+      state[k] = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (split < splits) {
+        weight[k] = read_fresh(weights + split);
+        state[k] = read_fresh(states + split * LANES);
+      }
     }
+  };
+  wait_for_previous();
+  load(part);
+  // Every warp finds the largest weight, and the sum of all, by itself.
+  float top = LOWEST, sum = 0.f;
+  for (int split = threadIdx.x % 32; split < splits; split += 32) {
+    const float one = read_fresh(weights + split), higher = fmaxf(top, one);
+    sum = sum * exp2_fast(top - higher) + exp2_fast(one - higher);
+    top = higher;
+  }
+  float highest = top;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) highest = fmaxf(highest, weight[k]);
-    const float a = exp2_fast(top - highest);
-    n *= a;
-    d *= a;
-    top = highest;
+  for (int k = 16; k > 0; k /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, k));
+  sum *= exp2_fast(top - highest);
+#pragma unroll
+  for (int k = 16; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+  float4 n = make_float4(0.f, 0.f, 0.f, 0.f);
+  for (int first = part;;) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
       const float e = exp2_fast(weight[k] - highest);
-      n = fmaf(e, state[k], n);
-      d += e;
+      n.x = fmaf(e, state[k].x, n.x);
+      n.y = fmaf(e, state[k].y, n.y);
+      n.z = fmaf(e, state[k].z, n.z);
+      n.w = fmaf(e, state[k].w, n.w);
     }
+    first += parts * AT_ONCE;
+    if (first >= splits) break;
+    load(first);
   }
-  numerator[part][channel] = n;
-  if (channel == 0) {
-    denominator[part] = d;
-    tops[part] = top;
-  }
+  *reinterpret_cast<float4*>(&numerators[part][4 * lane]) = n;
   __syncthreads();
-  if (part == 0) {
-    top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
-    n = d = 0.f;
+  if (threadIdx.x < WIDTH) {
+    float all = 0.f;
 #pragma unroll
-    for (int k = 0; k < 4; k++) {
-      const float e = exp2_fast(tops[k] - top);
-      n = fmaf(e, numerator[k][channel], n);
-      d = fmaf(e, denominator[k], d);
-    }
-    const float mine = d > 0.f ? n / d : 0.f;
-    out[row * WIDTH + channel] = (u16)(pack_input(mine, 0.f) & 0xffffu);
+    for (int k = 0; k < MOST_PARTS; k++)
+      if (k < parts) all += numerators[k][threadIdx.x];
+    out[row * WIDTH + threadIdx.x] = (u16)(pack_input(sum > 0.f ? all / sum : 0.f, 0.f) & 0xffffu);
   }
 }

@@ -158,7 +158,8 @@ class Attend:
             if plan.splits > 1:
                 arguments = (self._partial, self._weights, self._out, ctypes.c_int(plan.splits))
                 early = {"is_early": kernels.can_start_early}
-                self._launches.append(nvrtc.Launch(kernels.merge, (batch * query_heads, 1, 1), 4 * width, 0, arguments, **early))
+                threads = width if plan.splits <= 4 else 2 * width  # 4 or 8 splits at a time
+                self._launches.append(nvrtc.Launch(kernels.merge, (batch * query_heads, 1, 1), threads, 0, arguments, **early))
 
     def __call__(self, query: torch.Tensor, new: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
         """Attend.
