@@ -326,7 +326,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
 
 #if METADATA_BITS == 4
   // Units of scales, units and centers of offsets: first of keys, then of values in the order of lanes g.
-  constexpr int KEY_PIECES = 3 * KEY_CHANNELS / 8, UNIT_PIECES = UNIT_BYTES / 16, OWN_PIECES = (UNIT_PIECES + WARPS * 32 - 1) / (WARPS * 32);
+  constexpr int KEY_PIECES = 3 * KEY_CHANNELS / 8, UNIT_PIECES = UNIT_BYTES / 16;
+  constexpr int OWN_PIECES = (UNIT_PIECES + WARPS * 32 - 1) / (WARPS * 32);
   uint4 unit_pieces[OWN_PIECES];
 #pragma unroll
   for (int k = 0; k < OWN_PIECES; k++) {
@@ -459,8 +460,10 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   float* const offset_worth = step_constant + 8 * STEP_ROW;                               // [8]
 #if METADATA_BITS == 4
 #pragma unroll
-  for (int k = 0; k < OWN_PIECES; k++)
-    if ((int)threadIdx.x + k * WARPS * 32 < UNIT_PIECES) reinterpret_cast<uint4*>(metadata_units)[threadIdx.x + k * WARPS * 32] = unit_pieces[k];
+  for (int k = 0; k < OWN_PIECES; k++) {
+    const int i = threadIdx.x + k * WARPS * 32;
+    if (i < UNIT_PIECES) reinterpret_cast<uint4*>(metadata_units)[i] = unit_pieces[k];
+  }
 #endif
 #if ORDERED
   u32* const ordered = reinterpret_cast<u32*>(after_mapped);  // [TILES][32][2]

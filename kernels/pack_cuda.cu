@@ -142,7 +142,8 @@ extern "C" __global__ void pack_values(const u32* codes, const u8* scale, const 
     const int g = i / (2 * TILES), j = i / 4 % (TILES / 2), rr = i >> 1 & 1, parity = i & 1;
     const int channel = 32 * j + 8 * (g >> 1) + 4 * parity + 2 * rr + (g & 1);
     const i64 from = (bh * (entries / (32 * CHUNKS)) + record) * (WIDTH / 2);
-    out[CHUNKS * VALUE_CODES + i] = (u8)(nibble_of(scale + from, WIDTH, channel) << 4 | nibble_of(offset ? offset + from : nullptr, WIDTH, channel));
+    const u32 scale_code = nibble_of(scale + from, WIDTH, channel);
+    out[CHUNKS * VALUE_CODES + i] = (u8)(scale_code << 4 | nibble_of(offset ? offset + from : nullptr, WIDTH, channel));
   }
 #else
   float largest = 0.f;

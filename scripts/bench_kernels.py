@@ -1,9 +1,13 @@
 """Time the kernels on this GPU: `python scripts/bench_kernels.py results` writes kernels.csv, kernels.md and kernels.png there.
 
 Attention of one new token in the shape of Qwen2.5-7B (28 query heads, 4 key/value heads, 128 channels, float16): packed caches,
-their residual of 128 tokens and the map of the query included, beside full precision over the same number of tokens. Quantizing:
-keys and values of a prompt of 8,192 tokens in 28 layers. Each time is that of a CUDA graph over so many layers that no buffer
-stays in the L2 cache, under steady load. Results are held to the bound of the tests before anything is timed.
+their residual and the map of the query included, beside full precision over the same number of tokens. What is packed is what the
+quantizers of a recipe make of random normal states. Quantizing: keys and values of a prompt of 8,192 tokens in 28 layers, beside the
+prefill of as many tokens. Attention and the operations of quantizing are timed as CUDA graphs over so many layers that no buffer stays
+in the L2 cache, under steady load; cache and prefill in eager mode, as they run. Results are held to the bound of the tests before
+anything is timed.
+
+`--plot-only` draws kernels.png from the kernels.csv in the folder, on any machine.
 """
 
 from __future__ import annotations
@@ -11,149 +15,231 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import importlib.metadata
 import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import triton
+from direct_quantizing import calls_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from vidkv_eval.fused import NotPackable, pack_keys, pack_values
+from vidkv_eval.quant.split_tokens import SplitTokens
+from vidkv_eval.recipe import Recipe, load_recipe
 from vidkv_kernels import attend, attend_cuda, choose_channels, quantize_keys, quantize_values
 from vidkv_kernels.fragment_history import FragmentHistory
-from vidkv_kernels.packed import PackedLayer, Segment
-from vidkv_kernels.random_layer import random_layer
+from vidkv_kernels.fragments import UnsupportedForm
+from vidkv_kernels.packed import FullPrecision, PackedLayer
 from vidkv_kernels.span import Span
 
 QUERY_HEADS, HEADS, WIDTH, LAYERS, RESIDUAL = 28, 4, 128, 28, 128
 SCALING = WIDTH**-0.5
-SHAPES = tuple((1, tokens << 10) for tokens in (2, 4, 8, 16, 32, 128)) + ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
+SHAPES = tuple((1, 1 << power) for power in (7, 8, 9, 10, 11, 12, 13, 14, 15, 17)) + ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
+PROMPT_TOKENS = 8192
+MAIN = ("vidkv_k150_v158_scaled", "vidkv_k150_v158_published")
 ALL_RECIPES_AT = (8, 32768)
+RECIPES = (
+    *MAIN, "vidkv_k150_v200_scaled", "vidkv_k110_v158_scaled", "vidkv_k175_v158_scaled", "vidkv_k150_v158_tokenvalue_scaled",
+    "vidkv_k150_v166_scaled", "vidkv_k200_v200", "vidkv_k100_v100_scaled", "kivi_k2_v2", "kivi_k1_v1", "ours_k182_v158",
+)  # fmt: skip
+CUDA, TRITON, DEQUANTIZE = "CUDA, fragments", "Triton, portable", "dequantize, then SDPA"
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
+LAUNCH_BOUND_COPIES = 32
 LOAD_SECONDS = 0.2
+DIFFERENT_ROWS = 4
+PAGE = 16
 COLUMNS = (
     "operation", "provider", "recipe", "batch", "tokens", "microseconds", "p20", "p80", "times_faster", "times_floor", "stored_bytes",
+    "percent_of_prefill", "note",
 )  # fmt: skip
 
 
-def split(wide: int, *kinds: str) -> tuple[Segment, ...]:
-    """Channels of 2 bits with stored minima, and the others of 1 bit, divided among kinds of offsets."""
-    left = WIDTH - wide
-    narrow = [Segment(left // 2 + 1, 1, kinds[0]), Segment(left - left // 2 - 1, 1, kinds[1])] if len(kinds) == 2 else []
-    if len(kinds) == 1:
-        narrow = [Segment(left, 1, kinds[0])]
-    return tuple(([Segment(wide, 2, "minimum")] if wide else []) + narrow)
+@dataclass(frozen=True)
+class Timing:
+    """One row to be: median, 20th and 80th percentile in microseconds, or why there are none."""
 
-
-MAIN = ("vidkv_k150_v158_scaled", "vidkv_k150_v158_published")
-RECIPES = {
-    "vidkv_k150_v158_scaled": (split(64, "mean"), ("per_channel", 3, "centred")),
-    "vidkv_k150_v158_published": (split(64, "none", "centred"), ("per_channel", 3, "unscaled")),
-    "vidkv_k150_v200_scaled": (split(64, "mean"), ("per_channel", 4, "minimum")),
-    "vidkv_k110_v158_scaled": (split(12, "mean"), ("per_channel", 3, "centred")),
-    "vidkv_k175_v158_scaled": (split(96, "mean"), ("per_channel", 3, "centred")),
-    "vidkv_k150_v158_tokenvalue_scaled": (split(64, "mean"), ("per_token", 3, "centred")),
-    "ours_k182_v158": (
-        (Segment(12, 2, "mean"), Segment(116, 2, "mean", is_ternary=True), Segment(12, 2, "centred")), ("per_channel", 3, "mean")
-    ),
-    "vidkv_k200_v200": (split(128), ("per_channel", 4, "minimum")),
-    "kivi_k2_v2": (split(128), ("per_token", 4, "minimum")),
-    "kivi_k1_v1": ((Segment(128, 1, "minimum"),), ("per_token", 2, "minimum")),
-}
+    provider: str
+    stored_bytes: int = 0
+    microseconds: tuple[float, float, float] | None = None
+    note: str = ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path, help="folder to write to")
+    parser.add_argument("folder", type=Path, help="folder to write to")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many shapes of attention, in the order of the table")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing, draw what kernels.csv says")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    table = arguments.folder / "kernels.csv"
+    if not arguments.plot_only:
+        if not torch.cuda.is_available():
+            parser.error("no GPU is visible to torch; --plot-only needs none")
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        write_measurements(table, SHAPES[: arguments.shapes])
+    with table.open(newline="", encoding="utf-8") as file:
+        plot(list(csv.DictReader(file)), arguments.folder / "kernels.png")
+
+
+def write_measurements(table: Path, shapes: tuple[tuple[int, int], ...]) -> None:
+    """Write kernels.csv, row by row as they are measured, and kernels.md."""
+    started = time.monotonic()
     bandwidth = copy_bandwidth()
     rows = []
-    with (arguments.out / "kernels.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
-        for row in measurements(SHAPES[: arguments.shapes], bandwidth):
+        for row in measurements(shapes, bandwidth):
             rows.append(row)
             writer.writerow(row)
             file.flush()
-            print(*row.values(), flush=True)
-    (arguments.out / "kernels.md").write_text(report(rows, bandwidth), encoding="utf-8")
-    if importlib.util.find_spec("matplotlib"):
-        plot(rows, arguments.out / "kernels.png")
-    else:
-        print("no plot, since matplotlib is missing: pip install 'vidkv-eval[plot]'")
+            print(f"{time.monotonic() - started:4.0f} s", *row.values(), flush=True)
+    table.with_suffix(".md").write_text(report(rows, bandwidth), encoding="utf-8")
 
 
 def measurements(shapes: tuple[tuple[int, int], ...], bandwidth: float) -> Iterator[dict]:
     for batch, tokens in shapes:
-        timed = {("attend", name, ""): times for name, times in time_full_precision(batch, tokens).items()}
-        best = min(median for _, (median, *_) in timed.values())
+        timings = [("", timing) for timing in time_full_precision(batch, tokens)]
+        best = min(timing.microseconds[0] for _, timing in timings)
         for recipe in RECIPES if (batch, tokens) == ALL_RECIPES_AT else MAIN:
-            timed |= {("attend", name, recipe): times for name, times in time_packed(batch, tokens, recipe).items()}
+            timings += [(recipe, timing) for timing in time_packed(batch, tokens, load_recipe(recipe))]
             torch.cuda.empty_cache()
-        for (operation, provider, recipe), (stored, (median, p20, p80)) in timed.items():
-            yield {
-                "operation": operation, "provider": provider, "recipe": recipe, "batch": batch, "tokens": tokens,
-                "microseconds": f"{median:.2f}", "p20": f"{p20:.2f}", "p80": f"{p80:.2f}", "times_faster": f"{best / median:.2f}",
-                "times_floor": f"{median * bandwidth / stored / 1e6:.2f}", "stored_bytes": stored,
-            }  # fmt: skip
-    yield from time_quantizing(8192)
+        for recipe, timing in timings:
+            row = {"operation": "attend", "provider": timing.provider, "recipe": recipe, "batch": batch, "tokens": tokens}
+            if timing.microseconds:
+                median, p20, p80 = timing.microseconds
+                row |= {
+                    "microseconds": f"{median:.2f}", "p20": f"{p20:.2f}", "p80": f"{p80:.2f}", "times_faster": f"{best / median:.2f}",
+                    "times_floor": f"{median * bandwidth / timing.stored_bytes / 1e6:.2f}", "stored_bytes": timing.stored_bytes,
+                }  # fmt: skip
+            yield row | {"note": timing.note}
+    yield from time_quantizing(load_recipe(MAIN[0]))
 
 
-def time_full_precision(batch: int, tokens: int) -> dict[str, tuple[int, tuple]]:
+def time_full_precision(batch: int, tokens: int) -> Iterator[Timing]:
     stored = 2 * 2 * batch * HEADS * tokens * WIDTH
     states = [torch.randn(2, batch, HEADS, tokens, WIDTH, device="cuda", dtype=torch.float16) for _ in range(copies(stored))]
     query = torch.randn(batch, QUERY_HEADS, 1, WIDTH, device="cuda", dtype=torch.float16)
-    timed = {}
-    for name, backend in (("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION), ("SDPA flash", SDPBackend.FLASH_ATTENTION)):
+    rows = slice(0, DIFFERENT_ROWS)
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device="cuda")
+    bound = Bound.of(query[rows], PackedLayer(None, (), FullPrecision(*states[0][:, rows], lengths[rows])))
+    for name, calls in full_precision(query, states):
+        bound.check(calls[0]()[rows].reshape(-1, QUERY_HEADS, 1, WIDTH), name)
+        yield Timing(name, stored, time_calls(calls))
+
+
+def full_precision(query: torch.Tensor, states: list[torch.Tensor]) -> Iterator[tuple[str, list[Callable[[], torch.Tensor]]]]:
+    """Yield kernels that are installed, each with one call for each of `states`, [2, B, H, T, D]."""
+
+    def attend_by(backend: SDPBackend, pair: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(backend):
-            timed[name] = stored, time_calls([lambda pair=pair: attend_densely(query, *pair) for pair in states])
+            return attend_densely(query, *pair)
+
+    for name, backend in (("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION), ("SDPA flash", SDPBackend.FLASH_ATTENTION)):
+        yield name, [lambda pair=pair, backend=backend: attend_by(backend, pair) for pair in states]
+    _, batch, _, tokens, _ = states[0].shape
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_with_kvcache
 
-        calls = [[side.transpose(1, 2).contiguous() for side in pair] for pair in states]
-        timed["FlashAttention"] = stored, time_calls([lambda c=c: flash_attn_with_kvcache(query.transpose(1, 2), *c) for c in calls])
-    if importlib.util.find_spec("flashinfer") and batch == 1:
-        from flashinfer import single_decode_with_kv_cache
+        own = [[side.transpose(1, 2).contiguous() for side in pair] for pair in states]
+        yield "FlashAttention", [lambda pair=pair: flash_attn_with_kvcache(query.transpose(1, 2), *pair) for pair in own]
+    if importlib.util.find_spec("flashinfer"):
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-        timed["FlashInfer"] = (
-            stored,
-            time_calls([lambda p=p: single_decode_with_kv_cache(query[0, :, 0], p[0, 0], p[1, 0], kv_layout="HND") for p in states]),
-        )
-    return timed
+        pages = tokens // PAGE
+        own = [tuple(side.unflatten(2, (-1, PAGE)).transpose(1, 2).flatten(0, 1).contiguous() for side in pair) for pair in states]
+        # Its kernels without matrix units take 1, 2, 3, 4 or 8 query heads to a key/value head, not 7.
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(torch.zeros(128 << 20, dtype=torch.uint8, device="cuda"), "HND", use_tensor_cores=True)
+        first_pages, last_page = torch.arange(batch + 1, dtype=torch.int32) * pages, torch.full((batch,), PAGE, dtype=torch.int32)
+        every_page = torch.arange(batch * pages, dtype=torch.int32, device="cuda")
+        wrapper.plan(first_pages, every_page, last_page, QUERY_HEADS, HEADS, WIDTH, PAGE, q_data_type=torch.float16, sm_scale=SCALING)
+        yield "FlashInfer", [lambda pair=pair: wrapper.run(query[:, :, 0], pair) for pair in own]
 
 
-def time_packed(batch: int, tokens: int, recipe: str) -> dict[str, tuple[int, tuple]]:
-    generator = torch.Generator("cuda").manual_seed(0)
-    segments, values = RECIPES[recipe]
-    metadata = torch.uint8 if recipe == "ours_k182_v158" else torch.float16
-    form = {"heads": HEADS, "width": WIDTH, "segments": segments, "values": values, "metadata": metadata}
-    layer = random_layer(generator, torch.float16, [tokens - RESIDUAL] * batch, [RESIDUAL] * batch, **form)
-    query = torch.randn(batch, QUERY_HEADS, 1, WIDTH, generator=generator, device="cuda").half()
-    history = FragmentHistory.from_packed(layer.keys, layer.values)
-    check(attend_cuda.attend(query, history, layer.residual, SCALING), query, layer, f"CUDA, {recipe}")
-    residual_bytes = 2 * 2 * batch * HEADS * RESIDUAL * WIDTH
-    timed = {}
-    stored = history.nbytes + residual_bytes
-    own = [(history.select_batch(torch.arange(batch)), clone(layer.residual)) for _ in range(copies(stored))]
-    calls = [lambda pair=pair: attend_cuda.attend(query, *pair, SCALING) for pair in own]
-    timed["CUDA, fragments"] = stored, time_calls(calls)
-    del own, calls, history
-    if recipe not in MAIN:
-        return timed
-    packed = [layer.keys.codes, layer.keys.scale, layer.keys.offset, layer.values[0].codes, layer.values[0].scale, layer.keys.order]
-    stored = sum(tensor.nbytes for tensor in packed if tensor is not None) + residual_bytes
-    check(attend.OP(query, layer, SCALING), query, layer, f"Triton, {recipe}")
+def time_packed(batch: int, tokens: int, recipe: Recipe) -> Iterator[Timing]:
+    """Time what reads this recipe's packed form: CUDA C++, and Triton for the main recipes or where CUDA C++ does not read it."""
+    try:
+        few = make_layer(min(batch, DIFFERENT_ROWS), tokens, recipe)
+    except NotPackable as error:
+        yield Timing(CUDA, note=f"left out: {error}")
+        return
+    rows = torch.arange(batch, device="cuda") % DIFFERENT_ROWS
+    layer = PackedLayer(take(few.keys, rows), tuple(take(run, rows) for run in few.values), take(few.residual, rows))
+    few_queries = torch.randn(len(few.residual.lengths), QUERY_HEADS, 1, WIDTH, device="cuda").half()
+    bound, query = Bound.of(few_queries, few), few_queries[rows]
+    try:
+        history = FragmentHistory.from_packed(layer.keys, layer.values)
+    except UnsupportedForm as error:
+        yield Timing(CUDA, note=f"left out: {error}")
+    else:
+        bound.check(attend_cuda.attend(query, history, layer.residual, SCALING), f"{CUDA}, {recipe.name}")
+        stored = history.nbytes + nbytes(layer.residual)
+        own = [(history.select_batch(torch.arange(batch, device="cuda")), clone(layer.residual)) for _ in range(copies(stored))]
+        yield Timing(CUDA, stored, time_calls([lambda pair=pair: attend_cuda.attend(query, *pair, SCALING) for pair in own]))
+        del own, history
+        if recipe.name not in MAIN:
+            return
+    bound.check(attend.OP(query, layer, SCALING), f"{TRITON}, {recipe.name}")
+    stored = sum(nbytes(part) for part in (layer.keys, *layer.values, layer.residual))
     layers = [copy_of(layer) for _ in range(copies(stored))]
-    timed["Triton, portable"] = stored, time_calls([lambda own=own: attend.OP(query, own, SCALING) for own in layers])
-    if recipe == MAIN[0] and batch * tokens <= 8 * 32768:
-        timed["dequantize, then SDPA"] = stored, time_calls([lambda own=own: dequantize_and_attend(query, own) for own in layers[:2]])
-    return timed
+    yield Timing(TRITON, stored, time_calls([lambda own=own: attend.OP(query, own, SCALING) for own in layers]))
+    if recipe.name == MAIN[0] and batch * tokens <= 8 * 32768:
+        calls = [lambda own=own: dequantize_and_attend(query, own) for own in layers[:LAUNCH_BOUND_COPIES]]
+        bound.check(calls[0](), DEQUANTIZE)
+        yield Timing(DEQUANTIZE, stored, time_calls(calls))
+
+
+def make_layer(batch: int, tokens: int, recipe: Recipe) -> PackedLayer:
+    """Quantize and pack random states; up to RESIDUAL of the tokens, and at most half of them, are in full precision."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    residual = min(RESIDUAL, tokens // 2)
+    # Heads beside each other in a token, as a model makes them.
+    shape = (2, batch, tokens, HEADS, WIDTH)
+    states = torch.randn(shape, generator=generator, device="cuda").half().transpose(2, 3)
+    keys, values = states[:, :, :, residual:]
+    choice = None
+    if isinstance(recipe.value, SplitTokens):
+        history = tokens - residual
+        count = int(history * recipe.value.choose.fraction) // recipe.value.block * recipe.value.block
+        order = torch.rand(batch, history, generator=generator, device="cuda").argsort(dim=1)
+        choice = recipe.value.choice(order[:, :count].sort(dim=1).values, WIDTH)
+    lengths = torch.full((batch,), residual, dtype=torch.int32, device="cuda")
+    return PackedLayer(
+        pack_keys(recipe.key, recipe.key.quantize(keys)), pack_values(recipe.value, recipe.value.quantize(values, choice)),
+        FullPrecision(*states[:, :, :, :residual].clone(), lengths),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a result is held to: the bound of the tests.
+
+    Attributes:
+        truth: result of the reference in float32, [rows, HQ, 1, D].
+        allowed: largest error.
+    """
+
+    truth: torch.Tensor
+    allowed: float
+    plain_error: float
+
+    @classmethod
+    def of(cls, query: torch.Tensor, layer: PackedLayer) -> Bound:
+        plain, truth = (attend.attend_reference(query, layer, SCALING, dtype=dtype) for dtype in (torch.float16, torch.float32))
+        plain_error = (plain.float() - truth).abs().max().item()
+        return cls(truth, 2 * plain_error + torch.finfo(torch.float16).eps * truth.abs().max().item(), plain_error)
+
+    def check(self, found: torch.Tensor, name: str) -> None:
+        """Hold a result to the bound before its kernel is timed; more rows than the truth has repeat it."""
+        truth = self.truth[torch.arange(len(found), device=found.device) % len(self.truth)]
+        error = (found.float() - truth).abs().max().item()
+        if not error <= self.allowed:
+            raise SystemExit(f"{name}: attend errs by {error:.3g}, plain torch by {self.plain_error:.3g}; nothing more is timed")
 
 
 def copies(stored: int) -> int:
@@ -166,58 +252,85 @@ def attend_densely(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
 
 
 def dequantize_and_attend(query: torch.Tensor, layer: PackedLayer) -> torch.Tensor:
-    history = slice(0, int(layer.values[0].entries))
-    keys = layer.keys.decode(torch.float16)[:, :, history] @ layer.keys.matrix.half().T
+    keys = layer.keys.decode(torch.float16) @ layer.keys.matrix.half().T
     places = layer.keys.order.long().argsort(dim=-1).unsqueeze(2)
     keys = keys.gather(-1, places.expand(keys.shape))
-    keys = torch.cat([keys, layer.residual.keys[:, :, :RESIDUAL]], dim=2)
-    values = torch.cat([layer.values[0].decode(torch.float16), layer.residual.values[:, :, :RESIDUAL]], dim=2)
+    keys = torch.cat([keys, layer.residual.keys], dim=2)
+    values = torch.cat([layer.values[0].decode(torch.float16), layer.residual.values], dim=2)
     return attend_densely(query, keys, values)
 
 
-def check(found: torch.Tensor, query: torch.Tensor, layer: PackedLayer, name: str) -> None:
-    """Hold a kernel to the bound of its tests before it is timed."""
-    if query.shape[0] * layer.values[0].entries > 8 * 32768:  # the first sequences will do
-        query, found, layer = query[:4], found[:4], first_rows(layer, 4)
-    plain, truth = (attend.attend_reference(query, layer, SCALING, dtype=dtype) for dtype in (torch.float16, torch.float32))
-    error, plain_error = ((side.float() - truth).abs().max() for side in (found, plain))
-    if not error <= 2 * plain_error + torch.finfo(torch.float16).eps * truth.abs().max():
-        raise SystemExit(f"{name}: attend errs by {error:.3g}, plain torch by {plain_error:.3g}; nothing more is timed")
+def tensors(part: object) -> dict[str, torch.Tensor]:
+    """Return what a part of a layer has of its own: the matrix of keys is one for all layers."""
+    return {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
 
 
-def first_rows(layer: PackedLayer, rows: int) -> PackedLayer:
-    def cut(part: object) -> object:
-        fields = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
-        return replace(part, **{name: value[:rows] for name, value in fields.items()})
-
-    return PackedLayer(cut(layer.keys), (cut(layer.values[0]),), cut(layer.residual))
+def nbytes(part: object) -> int:
+    return sum(tensor.nbytes for tensor in tensors(part).values())
 
 
-def copy_of(layer: PackedLayer) -> PackedLayer:
-    return PackedLayer(clone(layer.keys), (clone(layer.values[0]),), clone(layer.residual))
+def take(part: object, rows: torch.Tensor) -> object:
+    """Return these rows of a part of a layer; what one serves for all stays as it is."""
+    return replace(part, **{name: value[rows] if value.shape[0] > 1 else value for name, value in tensors(part).items()})
 
 
 def clone(part: object) -> object:
-    own = {name: value for name, value in vars(part).items() if isinstance(value, torch.Tensor) and name != "matrix"}
-    return replace(part, **{name: value.clone() for name, value in own.items()})
+    return replace(part, **{name: value.clone() for name, value in tensors(part).items()})
 
 
-def time_quantizing(tokens: int) -> Iterator[dict]:
-    states = [torch.randn(2, 1, tokens, HEADS, WIDTH, device="cuda").half().transpose(2, 3) for _ in range(LAYERS)]
-    device = states[0].device
-    span = Span.of(device, [0], [tokens], [0])
-    transform = quantize_keys.real_fourier(64, device)
-    keys = quantize_keys.make_keys(1, HEADS, tokens, RECIPES[MAIN[0]][0], 32, device)
-    keys = replace(keys, matrix=quantize_keys.key_matrix(WIDTH, transform))
-    values = quantize_values.make_values(1, HEADS, tokens, WIDTH, device, levels=3, offset_kind="centred")
-    values.lengths.fill_(tokens)
+def copy_of(layer: PackedLayer) -> PackedLayer:
+    return PackedLayer(clone(layer.keys), tuple(clone(run) for run in layer.values), clone(layer.residual))
+
+
+def time_quantizing(recipe: Recipe) -> Iterator[dict]:
+    """Time quantizing a prompt by what the cache does and by operations, and the prefill of a text decoder of 7B over it."""
+    # Here, since neither attention nor a plot needs a model.
+    from bench_decode import make_model
+
+    from vidkv_eval.attention import use_attention
+    from vidkv_eval.cache import QuantizedCache
+
+    model = make_model()
+    ids = torch.randint(0, 1000, (1, PROMPT_TOKENS), device="cuda")
+    prefill = time_eagerly(lambda: model(input_ids=ids, logits_to_keep=1))
+
+    def row(operation: str, provider: str, microseconds: tuple[float, float, float], stored: int | str = "") -> dict:
+        median, p20, p80 = (f"{number:.1f}" for number in microseconds)
+        return {
+            "operation": operation, "provider": provider, "recipe": recipe.name if stored else "", "batch": 1, "tokens": PROMPT_TOKENS,
+            "microseconds": median, "p20": p20, "p80": p80, "stored_bytes": stored,
+            "percent_of_prefill": f"{100 * microseconds[0] / prefill[0]:.2f}",
+        }  # fmt: skip
+
+    yield row("prefill of 28 layers", "7B decoder, bfloat16, eager", prefill)
+    states = [torch.randn(2, 1, PROMPT_TOKENS, HEADS, WIDTH, device="cuda").bfloat16().transpose(2, 3) for _ in range(LAYERS)]
+    use_attention(model, "fused")
+
+    def fill() -> QuantizedCache:
+        cache = QuantizedCache.for_model(model, recipe)
+        for index, pair in enumerate(states):
+            cache.update(*pair, index)
+        return cache
+
+    footprint = fill().footprint()
+    yield row("quantize 28 layers: all", "cache, eager", time_eagerly(fill), footprint.key_bytes + footprint.value_bytes)
+    for name, provider, stored, calls in quantizing_operations(states, recipe):
+        yield row(f"quantize 28 layers: {name}", provider, tuple(LAYERS * number for number in time_calls(calls)), stored)
+
+
+def quantizing_operations(states: list[torch.Tensor], recipe: Recipe) -> Iterator[tuple[str, str, int, list[Callable[[], object]]]]:
+    """Yield name, provider, stored bytes and a call for each layer."""
+    keys = pack_keys(recipe.key, recipe.key.quantize(states[0][0]))
+    (values,) = pack_values(recipe.value, recipe.value.quantize(states[0][1]))
+    device, wide = keys.device, keys.wide_channels
+    span = Span.of(device, [0], [PROMPT_TOKENS], [0])
+    transform = quantize_keys.real_fourier(WIDTH - wide, device)
 
     def quantize(pair: torch.Tensor) -> None:
-        order = choose_channels.OP(pair[0], span, 64)
+        order = choose_channels.OP(pair[0], span, wide)
         quantize_keys.OP(pair[0], span, order, transform, keys)
-        quantize_values.OP(pair[1], span, 0.7, values)
+        quantize_values.OP(pair[1], span, recipe.value.threshold, values)
 
-    quantize(states[0])
     history = FragmentHistory.from_packed(keys, (values,))
 
     def into_fragments() -> None:
@@ -225,22 +338,19 @@ def time_quantizing(tokens: int) -> Iterator[dict]:
         history.held = [0]
         history.append(keys, (values,))
 
-    order_of_first = choose_channels.OP(states[0][0], span, 64)
+    order_of_first = choose_channels.OP(states[0][0], span, wide)
     parts = {
-        ("all but fragment order", "Triton"): quantize,
-        ("order of channels", "Triton"): lambda pair: choose_channels.OP(pair[0], span, 64),
-        ("keys", "Triton"): lambda pair: quantize_keys.OP(pair[0], span, order_of_first, transform, keys),
-        ("values", "Triton"): lambda pair: quantize_values.OP(pair[1], span, 0.7, values),
-        ("into fragment order", "CUDA"): lambda pair: into_fragments(),
+        "all but fragment order": quantize,
+        "order of channels": lambda pair: choose_channels.OP(pair[0], span, wide),
+        "keys": lambda pair: quantize_keys.OP(pair[0], span, order_of_first, transform, keys),
+        "values": lambda pair: quantize_values.OP(pair[1], span, recipe.value.threshold, values),
     }
-    for (name, provider), part in parts.items():
-        times = time_calls([lambda pair=pair, part=part: part(pair) for pair in states])
-        median, p20, p80 = (LAYERS * number for number in times)
-        yield {
-            "operation": f"quantize 28 layers: {name}", "provider": provider, "recipe": MAIN[0], "batch": 1, "tokens": tokens,
-            "microseconds": f"{median:.1f}", "p20": f"{p20:.1f}", "p80": f"{p80:.1f}", "times_faster": "", "times_floor": "",
-            "stored_bytes": LAYERS * history.nbytes,
-        }  # fmt: skip
+    for name, part in parts.items():
+        yield name, "Triton", LAYERS * history.nbytes, [lambda pair=pair, part=part: part(pair) for pair in states]
+    yield "into fragment order", "CUDA", LAYERS * history.nbytes, [into_fragments] * LAYERS
+    direct, stored = calls_of(PROMPT_TOKENS, LAYERS, recipe.name, states[0].dtype)
+    for name, calls in direct.items():
+        yield name, "CUDA, straight into records", stored, calls
 
 
 def time_calls(calls: list[Callable[[], object]], replays: int = 20) -> tuple[float, float, float]:
@@ -263,7 +373,23 @@ def time_calls(calls: list[Callable[[], object]], replays: int = 20) -> tuple[fl
         event.record()
     torch.cuda.synchronize()
     pairs = zip(events, events[1:], strict=False)
-    times = [start.elapsed_time(stop) * 1000 / len(calls) / rounds for start, stop in pairs]
+    return median_and_spread([start.elapsed_time(stop) * 1000 / len(calls) / rounds for start, stop in pairs])
+
+
+@torch.no_grad()
+def time_eagerly(call: Callable[[], object], repeats: int = 7) -> tuple[float, float, float]:
+    """Return median, 20th and 80th percentile of the microseconds of a call until the device is done, after two calls."""
+    times = []
+    for _ in range(2 + repeats):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - started))
+    return median_and_spread(times[2:])
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float, float]:
     tenths = statistics.quantiles(times, n=10)
     return statistics.median(times), tenths[1], tenths[7]
 
@@ -282,40 +408,90 @@ def report(rows: list[dict], bandwidth: float) -> str:
 
     properties = torch.cuda.get_device_properties(0)
     versions = f"torch {torch.__version__}, triton {triton.__version__}, NVRTC {'.'.join(map(str, nvrtc.nvrtcVersion()[1:]))}"
+    if importlib.util.find_spec("flashinfer"):
+        versions += f", FlashInfer {importlib.metadata.version('flashinfer-python')}"
     lines = [
         "# Kernels, measured",
         "",
         f"{properties.name} ({properties.multi_processor_count} multiprocessors, copy {bandwidth / 1e12:.2f} TB/s), {versions}, "
-        f"{datetime.date.today()}. Made by `python scripts/bench_kernels.py`.",
+        f"{datetime.date.today()}. Made by `python scripts/bench_kernels.py results`.",
         "",
         f"Attention of one new token: {QUERY_HEADS} query heads, {HEADS} key/value heads, {WIDTH} channels, float16; groups of 32. Packed "
-        f"rows attend to {RESIDUAL} of the tokens in full precision and include the map of the query. `times faster` is against the "
-        "fastest full-precision row of the same shape, `times floor` against the stored bytes at copy bandwidth. Medians of 20 replays "
-        "under steady load, with 20th and 80th percentile; buffers rotate, so that none is served from the L2 cache.",
+        f"rows attend to {RESIDUAL} of the tokens (half of them, where that is less) in full precision and include the map of the query. "
+        "`times faster` is against the fastest full-precision row of the same shape, `times floor` against the stored bytes at copy "
+        "bandwidth. Medians of 20 replays under steady load, with 20th and 80th percentile; buffers rotate, so that none is served from "
+        f"the L2 cache (dequantizing walks through {LAUNCH_BOUND_COPIES} layers at most: at short lengths it is bound by its launches). "
+        f"`percent of prefill`: time over that of the prefill of {PROMPT_TOKENS:,} tokens by stock Transformers code.",
+        "",
+        *(f"- {line}" for line in break_even(rows)),
         "",
         "| " + " | ".join(name.replace("_", " ") for name in COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
     ]
-    return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in COLUMNS) + " |" for row in rows]) + "\n"
+    return "\n".join(lines + ["| " + " | ".join(str(row.get(name, "")) for name in COLUMNS) + " |" for row in rows]) + "\n"
+
+
+def break_even(rows: list[dict]) -> Iterator[str]:
+    """Say from which of the measured lengths on one way to attend is faster than another, at batch 1."""
+    attended = [row for row in rows if row["operation"] == "attend" and row["batch"] == 1 and row.get("microseconds")]
+
+    def times_of(recipe: str, provider: str = "") -> dict[int, float]:
+        found: dict[int, float] = {}
+        for row in attended:
+            if row["recipe"] == recipe and provider in ("", row["provider"]):
+                found[row["tokens"]] = min(float(row["microseconds"]), found.get(row["tokens"], float("inf")))
+        return found
+
+    full = times_of("")
+    for recipe in MAIN:
+        packed = times_of(recipe, CUDA)
+        yield f"{recipe}, packed, {_since(packed, full)} full precision."
+    packed, dequantized = times_of(MAIN[0], CUDA), times_of(MAIN[0], DEQUANTIZE)
+    yield f"{MAIN[0]}, packed, {_since(packed, dequantized)} dequantizing first."
+    yield f"{MAIN[0]}, dequantized first, {_since(dequantized, full)} full precision."
+
+
+def _since(times: dict[int, float], others: dict[int, float]) -> str:
+    lengths = sorted(times.keys() & others.keys())
+    slower = [length for length in lengths if times[length] >= others[length]]
+    faster = [length for length in lengths if not slower or length > slower[-1]]
+    if not lengths:
+        return "was not measured beside"
+    if not faster:
+        return f"is at batch 1 still slower at {lengths[-1]:,} tokens, the longest measured, than"
+    return f"is at batch 1 faster from {faster[0]:,} tokens on{'' if slower else ', the shortest measured,'} than"
 
 
 def plot(rows: list[dict], path: Path) -> None:
-    """Draw time against tokens at batch 1."""
+    """Draw time against tokens at batch 1, from rows as the table has them."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no plot, since matplotlib is missing: pip install 'vidkv-eval[plot]'")
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines: dict[str, list[tuple[int, float]]] = {}
+    lines: dict[tuple[str, str], dict[int, float]] = {}
     for row in rows:
-        if row["operation"] == "attend" and row["batch"] == 1 and row["recipe"] in ("", *MAIN):
-            label = f"{row['provider']}, {row['recipe']}" if row["recipe"] else row["provider"]
-            lines.setdefault(label, []).append((row["tokens"], float(row["microseconds"])))
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-    axes.set(xscale="log", yscale="log", xlabel="tokens, batch 1", ylabel="microseconds a layer", title=torch.cuda.get_device_name())
-    axes.legend(fontsize="small")
+        if row["operation"] == "attend" and row["batch"] == "1" and row["microseconds"] and row["recipe"] in ("", *MAIN):
+            lines.setdefault((row["provider"], row["recipe"]), {})[int(row["tokens"])] = float(row["microseconds"])
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    # The legend has the order in which lines end at the right.
+    for (provider, recipe), points in sorted(lines.items(), key=lambda line: -line[1][max(line[1])]):
+        color = {CUDA: "tab:green", TRITON: "tab:blue", DEQUANTIZE: "tab:red"}.get(provider, "black")
+        style = "--" if recipe == MAIN[1] else "-"
+        if not recipe:
+            style = {"SDPA cuDNN": "-", "SDPA flash": "--"}.get(provider, ":")
+        label = f"{provider}\n{recipe}" if recipe else f"{provider}, full precision"
+        axes.plot(*zip(*sorted(points.items()), strict=True), marker="o", markersize=3.5, color=color, linestyle=style, label=label)
+    lengths = sorted({tokens for points in lines.values() for tokens in points})
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds", title="Attention of one new token in one layer, batch 1")
+    axes.set_xticks(lengths, [f"{tokens >> 10}K" if tokens >= 1024 else str(tokens) for tokens in lengths])
+    axes.xaxis.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(which="major", alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small", frameon=False)
     figure.savefig(path, dpi=120)
 
 

@@ -43,6 +43,13 @@ def test_heads_that_the_kernels_do_not_read_are_not_covered():
     assert DirectQuantizer.of(load_recipe(SCALED), 32) is None
 
 
+def test_channels_chosen_for_each_head_are_not_covered():
+    wide, normal = Affine(2, "per_channel", 32), Sign("mean_plus_minus", "per_channel", 32)
+    for per_head in (False, True):
+        recipe = Recipe("r", "r", "", SplitChannels(wide, normal, 0.5, per_head=per_head), Affine(2, "per_channel", 32))
+        assert (DirectQuantizer.of(recipe, 64) is None) == per_head
+
+
 def test_the_threshold_and_the_spectrum_are_those_of_the_recipe():
     quantizer = DirectQuantizer.of(load_recipe(SCALED), 128)
     assert (quantizer.threshold, quantizer.is_spectral) == (0.7, True)

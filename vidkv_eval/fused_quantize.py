@@ -53,6 +53,9 @@ class DirectQuantizer:
         except (NotPackable, UnsupportedForm):
             return None
         split = recipe.key if isinstance(recipe.key, SplitChannels) else None
+        if split and split.per_head:
+            # Kernels choose channels for all heads of a sequence together.
+            return None
         normal = split.normal if split else recipe.key
         if isinstance(normal, Spectral) and normal.inner.code_count != 2:
             return None
