@@ -119,7 +119,6 @@ def table(reports: list[dict]) -> str:
     columns = (
         "model", "recipe", "prompt tokens", "new tokens", "stored MiB", "bits", "stored as computed", "allocated MiB", "steps as graphs",
         "graphs part from steps at", "fused parts from dense at", "largest difference of logits", "largest logit",
-        "seconds: graphs", "steps", "dense",
     )  # fmt: skip
     environment = reports[0]["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -134,8 +133,7 @@ def table(reports: list[dict]) -> str:
         "out. *allocated*: what PyTorch gave back when the cache was deleted, spare room of buffers included. *steps as graphs*: how many "
         "of the decode steps were repeated as CUDA graphs. *graphs part from steps at*, *fused parts from dense at*: first new token that "
         "differs between the three ways, empty if none does; random weights give nearly flat logits, where rounding is enough. *largest "
-        "difference of logits*: fused against dense at the first step that reads the quantized cache. *seconds*: one answer, video and "
-        "prefill included.",
+        "difference of logits*: fused against dense at the first step that reads the quantized cache.",
         "",
         f"{environment['gpu']}; Python {environment['python']}, {packages}; {reports[0]['date']}. Made by `scripts/check_fused.py`.",
         "",
@@ -152,7 +150,6 @@ def table(reports: list[dict]) -> str:
                 f"{fused['allocated_bytes'] / 2**20:.2f}" if "allocated_bytes" in fused else "", fused["replays"],
                 _step(entry["graphs_part_from_steps_at"]), _step(entry["steps_part_from_dense_at"]),
                 f"{entry['largest_difference_of_logits']:.3f}", f"{entry['largest_logit']:.2f}",
-                *(f"{entry[way]['seconds']:.2f}" for way in ("graphs", "steps", "dense")),
             )  # fmt: skip
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
