@@ -1,7 +1,9 @@
 """Attention over packed history against the same cache with dequantized states: what is read, generated text, bytes, fallbacks."""
 
 import dataclasses
+import gc
 import logging
+import weakref
 
 import pytest
 import tiny
@@ -420,6 +422,21 @@ def test_what_is_stored_does_not_depend_on_how_later_tokens_are_divided(cuts):
     feed(whole, states, 70, 600)
     feed(whole, make_states(1), 0, 1)
     assert cache.footprint() == whole.footprint()
+
+
+@pytest.mark.parametrize("name", [KIVI, PROTECTED])
+@pytest.mark.parametrize("is_fused", [False, True])
+def test_a_cache_frees_its_memory_when_it_is_deleted(name, is_fused):
+    cache, states = one_layer_cache(name, fused=is_fused), make_states(200)
+    for start, stop in [(0, 70), (70, 71), (71, 199), (199, 200)]:
+        feed(cache, states, start, stop)
+    held = weakref.ref(cache.layers[0].groups[0].states if is_fused else cache.layers[0].groups[0].stored["key"])
+    gc.disable()
+    try:
+        del cache
+        assert held() is None, "something in the cache refers to what holds it"
+    finally:
+        gc.enable()
 
 
 # What kernels do not read

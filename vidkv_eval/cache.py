@@ -247,12 +247,15 @@ class FusedGroup(SequenceGroup):
     def _make_states(self, new_states: dict[str, torch.Tensor]) -> FusedStates:
         keys = new_states["key"]
         members = [Member(rows, self._prompt.row(rows[0]).padding[0]) for rows in self._groups]
-        dtype = self.options.storage_dtype or keys.dtype
-        return FusedStates(self.recipe, members, self._choose, self.options.keep_newest, keys, dtype, self._lengths)
+        quantizer, prompt = self.recipe.value, self._prompt
 
-    def _choose(self, member: Member, prompt_tokens: int, values: torch.Tensor) -> QuantizedStates | None:
-        marks = self._prompt.row(member.rows[0]).marks
-        return choose_tokens(self.recipe.value, marks and marks[0], prompt_tokens, values)
+        # Not a method: states that knew their group would be freed only when Python looks for cycles, and they are large.
+        def choose(member: Member, prompt_tokens: int, values: torch.Tensor) -> QuantizedStates | None:
+            marks = prompt.row(member.rows[0]).marks
+            return choose_tokens(quantizer, marks and marks[0], prompt_tokens, values)
+
+        dtype = self.options.storage_dtype or keys.dtype
+        return FusedStates(self.recipe, members, choose, self.options.keep_newest, keys, dtype, self._lengths)
 
     @property
     def residual_lengths(self) -> dict[str, int]:
