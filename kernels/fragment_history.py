@@ -216,11 +216,9 @@ class FragmentHistory:
         if begun and self.units is not None:
             for own, new in zip(self.units, pack_units(self.form, keys, run), strict=True):
                 own[list(begun)] = new[list(begun)]
-        counts, places = values[0].lengths, self.lengths
+        counts, places = values[0].lengths, self.value_places
         if len(values) > 1:
             counts = counts + values[1].lengths
-        if self.protected:
-            places = places - self.protected.lengths
         if protected is not None:
             for part in values:
                 self.protected.check_tokens(part)
@@ -238,6 +236,11 @@ class FragmentHistory:
             own.mark(protected)
         self.lengths += counts
         self.held = held
+
+    @property
+    def value_places(self) -> torch.Tensor:
+        """Where the next values that are not protected go: int32 [B], entries held of these."""
+        return self.lengths - self.protected.lengths if self.protected else self.lengths
 
     def choose_order(self, keys: torch.Tensor, *, begin: torch.Tensor | None = None, count: torch.Tensor | None = None) -> None:
         """Choose the order of channels of each sequence, in place, as `choose_channels` does; before anything is held.
@@ -265,7 +268,8 @@ class FragmentHistory:
     ) -> None:
         """Quantize tokens in place, behind what each sequence holds, which must be whole groups.
 
-        Order and matrix are those of this history; the rules are those of `quantize_keys` and `quantize_values`.
+        Order and matrix are those of this history; the rules are those of `quantize_keys` and `quantize_values`. None of the tokens is
+        protected.
 
         Args:
             keys, values: [B, H, T, D], float16, bfloat16 or float32, keys after rotary embedding.
@@ -279,7 +283,7 @@ class FragmentHistory:
         """
         self._check_states("keys", keys, begin, count)
         check("values", values, tuple(keys.shape), keys.dtype, self.device)
-        quantize_cuda.check_form(self.form)
+        quantize_cuda.check_form(self.form.plain)
         if self.center is not None:
             raise UnsupportedForm("keys of this history lie around a center; states are quantized as they are")
         size = self.form.group_size
@@ -303,7 +307,7 @@ class FragmentHistory:
 
     def _quantize_plain(self, keys: torch.Tensor, values: torch.Tensor, threshold: float, span: Span) -> None:
         """What `quantize_cuda.append` does, in torch."""
-        form, device = self.form, self.device
+        form, device = self.form.plain, self.device
         batch, heads, tokens, width = keys.shape
         tokens = tokens // form.group_size * form.group_size
         span = Span(span.begin, span.count - span.count % form.group_size, span.start)
@@ -338,7 +342,7 @@ class FragmentHistory:
     def _append_plain(self, keys: PackedKeys, run: PackedValues, tokens: int) -> None:
         """What kernels do with a single run, in torch."""
         _write_keys(self.form, keys, self.keys, self.key_scale_max, self.lengths, run.lengths, tokens)
-        _write_values(self.form, run, self.values, self.value_scale_max, self.lengths, tokens)
+        _write_values(self.form, run, self.values, self.value_scale_max, self.value_places, tokens)
 
     def unpack(self) -> tuple[PackedKeys, tuple[PackedValues, ...]]:
         """Return a copy in the portable layout, with room for `max_length` tokens: for another backend, or to dequantize."""

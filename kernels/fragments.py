@@ -112,6 +112,11 @@ class Form:
         return cls(run.width, keys.segments, keys.group_size, run.levels, run.offset_kind, granularity, is_scaled, metadata_bits)
 
     @property
+    def plain(self) -> Form:
+        """The same without protected tokens: the form of keys, and of the values of all other tokens."""
+        return replace(self, is_protected=False) if self.is_protected else self
+
+    @property
     def protected(self) -> Form:
         """The form of protected tokens: 2 bits with a scale and a minimum per channel."""
         return Form(self.width, self.segments, self.group_size, 4, "minimum")
@@ -129,7 +134,7 @@ class Form:
                 raise ValueError(f"appended tokens have form {found}; allowed: that of what is held, {self}")
             return None, values[0]
         found = [self._of_run(keys, run) for run in values]
-        protected, other = self.protected, replace(self, is_protected=False)
+        protected, other = self.protected, self.plain
         for forms, runs in (
             ([protected, other], values),
             ([other, protected], values[::-1]),

@@ -89,7 +89,7 @@ def append(
     count: torch.Tensor | None,
 ) -> None:
     """Quantize tokens behind those that `history` holds; its lengths stay as they are. See `FragmentHistory.quantize`."""
-    form = history.form
+    form = history.form.plain
     check_form(form)
     batch, heads, tokens, width = keys.shape
     grid = (tokens // form.group_size, heads, batch)
@@ -100,13 +100,15 @@ def append(
     order = history.order
     strides = (0, 0) if order is None else (order.stride(axis) if order.shape[axis] > 1 else 0 for axis in range(2))
     keys, values = _aligned(keys), _aligned(values)
-    starts, capacity, faults = nvrtc.pointer(history.lengths), ctypes.c_longlong(history.keys.shape[2]), nvrtc.pointer(history.faults)
+    value_places = history.value_places
+    starts, value_starts = nvrtc.pointer(history.lengths), nvrtc.pointer(value_places)
+    capacity, faults = ctypes.c_longlong(history.keys.shape[2]), nvrtc.pointer(history.faults)
     key_arguments = (
         _states(keys, begin, count), nvrtc.pointer(order), *map(ctypes.c_longlong, strides), nvrtc.pointer(matrix), starts,
         nvrtc.pointer(history.keys), capacity, nvrtc.pointer(history.key_scale_max), faults,
     )  # fmt: skip
     value_arguments = (
-        _states(values, begin, count), ctypes.c_float(threshold), starts, nvrtc.pointer(history.values), capacity,
+        _states(values, begin, count), ctypes.c_float(threshold), value_starts, nvrtc.pointer(history.values), capacity,
         nvrtc.pointer(history.value_scale_max), faults,
     )  # fmt: skip
     with torch.cuda.device(history.device):

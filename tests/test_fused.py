@@ -550,6 +550,26 @@ def test_repeating_the_launches_of_a_step_does_what_the_step_does(name, monkeypa
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("name", [PROTECTED, "vidkv_k150_v166_published"])
+def test_tokens_after_the_prompt_are_quantized_straight_into_a_history_with_protected_tokens(name, monkeypatch):
+    keep_fragments(monkeypatch)
+    states = tuple(torch.randn(2, HEADS, 700, 64, generator=torch.Generator().manual_seed(side)) for side in range(2))
+    plain, packed = one_layer_cache(name), one_layer_cache(name, fused=True)
+    visual = torch.zeros(330, dtype=torch.bool)
+    visual[3:300] = True  # a fifth of them, in whole blocks, is 64
+    for cache in (plain, packed):
+        cache.describe_prompt(Prompt((0,), (TokenMarks(visual, torch.arange(330.0).cos()),)))
+    calls, quantize = [], FragmentHistory.quantize
+    monkeypatch.setattr(FragmentHistory, "quantize", lambda *arguments, **options: calls.append(1) or quantize(*arguments, **options))
+    for start, stop in [(0, 330), (330, 331), (331, 447), (447, 448), (448, 449), (449, 600), (600, 601), (601, 699), (699, 700)]:
+        found, expected = feed(packed, states, start, stop), plain.update(*(tensor[:, :, start:stop] for tensor in states), 0)
+        for left, right in zip(found, expected, strict=True):
+            # Sums in another order may round a scale to its neighbour in float16.
+            torch.testing.assert_close(left, right, rtol=0, atol=2**-10 * right.abs().max().item())
+    history = packed.layers[0].groups[0].states.history
+    assert len(calls) == 2 and history.protected.held == [64, 64] and history.held == [576, 576]
+
+
 @pytest.mark.parametrize("name", [KIVI, "kivi_k1_v1", SCALED, "vidkv_k150_v158_published", "vidkv_k150_v158_tokenvalue_scaled", OURS])
 def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one(name, monkeypatch):
     keep_fragments(monkeypatch)

@@ -28,9 +28,8 @@ def test_states_of_other_dtypes_are_taken(dtype):
 
 
 @pytest.mark.parametrize("name", PACKABLE)
-def test_recipes_that_kernels_read_are_covered_unless_they_choose_tokens_or_fit_levels(name):
-    recipe = load_recipe(name)
-    assert (DirectQuantizer.of(recipe, 128) is None) == (recipe.chooses_tokens or name.startswith("ours"))
+def test_recipes_that_kernels_read_are_covered_unless_they_fit_levels(name):
+    assert (DirectQuantizer.of(load_recipe(name), 128) is None) == name.startswith("ours")
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

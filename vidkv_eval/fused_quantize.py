@@ -19,6 +19,7 @@ import torch
 from vidkv_eval.fused import NotPackable, channel_order, packed_form, query_matrix
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels import quantize_cuda
@@ -28,7 +29,7 @@ from vidkv_kernels.fragments import Form, UnsupportedForm
 
 @dataclass(frozen=True)
 class DirectQuantizer:
-    """Quantizes keys and values of a recipe into a `FragmentHistory`.
+    """Quantizes keys and values of a recipe into a `FragmentHistory`; tokens that a recipe protects must be in it already.
 
     Attributes:
         form: of the history.
@@ -49,7 +50,7 @@ class DirectQuantizer:
         try:
             keys, values = packed_form(recipe.key, recipe.value, width)
             form = Form.of(keys, values)
-            quantize_cuda.check_form(form)
+            quantize_cuda.check_form(form.plain)
         except (NotPackable, UnsupportedForm):
             return None
         split = recipe.key if isinstance(recipe.key, SplitChannels) else None
@@ -59,7 +60,8 @@ class DirectQuantizer:
         normal = split.normal if split else recipe.key
         if isinstance(normal, Spectral) and normal.inner.code_count != 2:
             return None
-        threshold = recipe.value.threshold if isinstance(recipe.value, Ternary) else 0.0
+        value = recipe.value.other if isinstance(recipe.value, SplitTokens) else recipe.value
+        threshold = value.threshold if isinstance(value, Ternary) else 0.0
         return cls(form, split, threshold, isinstance(normal, Spectral) and keys.matrix is not None)
 
     def quantize(

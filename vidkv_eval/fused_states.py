@@ -404,7 +404,9 @@ class FusedStates:
             return
         capacity = 0 if self._history is None or not self._has_fragments else self._history.capacity
         begun = [row for member, _ in leaving if not member.history for row in member.rows]
-        if self._direct is None:
+        # Tokens of a prompt may be chosen to be protected, which is for the quantizers to do.
+        is_direct = self._direct is not None and not (begun and self.recipe.chooses_tokens)
+        if not is_direct:
             packed = self._pack(leaving)
         for member, states in leaving:
             member.history += states["key"].shape[2]
@@ -413,7 +415,7 @@ class FusedStates:
             # At first the residual of an answer finds room, so that a captured step stays right beyond the first time it is full.
             capacity = max(held) + (max(held) // SPARE if capacity else self.recipe.residual_length)
             self._forget_attention()
-        if self._direct is not None:
+        if is_direct:
             counts = [0] * self.batch
             for member, states in leaving:
                 for row in member.rows:
