@@ -32,16 +32,23 @@ from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vidkv_eval.attention import use_attention
-from vidkv_eval.cache import QuantizedCache
-from vidkv_eval.graphs import STEPS_BEFORE
-from vidkv_eval.mini.full_size import QWEN2_7B
-from vidkv_eval.prompt import Prompt
-from vidkv_eval.quant.marks import TokenMarks
-from vidkv_eval.recipe import load_recipe
+from vidkv_eval import torchvision_cpu
+
+torchvision_cpu.install()  # before anything imports transformers
+
+from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
+from transformers.cache_utils import Cache, CacheLayerMixin  # noqa: E402
+
+from vidkv_eval.attention import use_attention  # noqa: E402
+from vidkv_eval.cache import QuantizedCache  # noqa: E402
+from vidkv_eval.fused import packed_form  # noqa: E402
+from vidkv_eval.graphs import STEPS_BEFORE  # noqa: E402
+from vidkv_eval.mini.full_size import QWEN2_7B  # noqa: E402
+from vidkv_eval.prompt import Prompt  # noqa: E402
+from vidkv_eval.quant.marks import TokenMarks  # noqa: E402
+from vidkv_eval.recipe import load_recipe  # noqa: E402
+from vidkv_kernels.fragments import Form  # noqa: E402
 
 # cuDNN, which PyTorch may prefer, plans anew for each length that it has not seen, as every step of a growing cache is.
 FULL = {
@@ -61,7 +68,7 @@ FILLED_AT_ONCE = 4
 HEADS, WIDTH = QWEN2_7B["num_key_value_heads"], 128
 COLUMNS = (
     "mode", "provider", "batch", "tokens", "milliseconds", "p20", "p80", "tokens_per_second", "times_faster", "peak_gib", "cache_gib",
-    "note",
+    "formula_gib", "note",
 )  # fmt: skip
 
 
@@ -136,6 +143,19 @@ def fill(model: Qwen2ForCausalLM, provider: str, batch: int, tokens: int) -> Cac
     return cache
 
 
+def formula_bytes(provider: str, batch: int, tokens: int) -> int | None:
+    """Return what the buffers of such a cache take, worked out from the form of the recipe; None with protected tokens."""
+    head = batch * HEADS * QWEN2_7B["num_hidden_layers"]
+    if provider in FULL:
+        return 2 * 2 * head * (tokens + WARM_UP + STEPS + 1) * WIDTH
+    recipe = load_recipe(provider)
+    form = Form.of(*packed_form(recipe.key, recipe.value, WIDTH))
+    if form.is_protected:
+        return None
+    records = -(-(tokens - tokens % recipe.block + recipe.residual_length) // form.group_size)
+    return head * (records * (form.key_record_bytes + form.value_record_bytes) + 2 * 2 * recipe.residual_length * WIDTH)
+
+
 def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, mode: str) -> Callable[[], torch.Tensor]:
     """Return a function that does a decode step and returns logits."""
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
@@ -183,9 +203,11 @@ def measure(model: Qwen2ForCausalLM, mode: str, provider: str, batch: int, token
         replays = model.get_decoder().forward.replays - replayed
         assert replays >= STEPS - STEPS_BEFORE - 2, f"{provider}: only {replays} of {STEPS} steps were repeated as graphs"
     tenths, mean = statistics.quantiles(times, n=10), statistics.mean(times)
+    formula = formula_bytes(provider, batch, tokens)
     return {
         "milliseconds": 1e3 * mean, "p20": 1e3 * tenths[1], "p80": 1e3 * tenths[7],
         "tokens_per_second": batch / mean, "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "cache_gib": held / 2**30,
+        "formula_gib": None if formula is None else formula / 2**30,
     }  # fmt: skip
 
 
@@ -267,7 +289,8 @@ def write(rows: list[dict], folder: Path) -> None:
         " ".join(modes.split()),
         "",
         "`times faster`: tokens per second over the faster full precision of the same mode, and of the same shape or memory. cache gib is "
-        "what the cache holds when filled; peak gib includes weights.",
+        "what PyTorch allocated for the filled cache, formula gib what its buffers take by the form of the recipe (`formula_bytes`), room "
+        "for the residual included; peak gib includes weights.",
         "",
         "![Time of a step, and tokens per second in equal memory](decode.png)",
         "",
@@ -307,14 +330,15 @@ def plot(folder: Path) -> None:
     left.set_xticks(ticks, [f"{tick // 1024}K" for tick in ticks])
     left.minorticks_off()
     left.legend(fontsize="small")
-    notes = list(dict.fromkeys(row["note"] for row in rows if row["note"]))
-    width = 0.8 / max(1, len(providers))
-    for place, provider in enumerate(providers):
-        mine = {row["note"]: float(row["tokens_per_second"]) for row in rows if row["provider"] == provider and row["note"]}
-        shown = [(index + place * width, mine[note]) for index, note in enumerate(notes) if note in mine]
-        if shown:
-            right.bar(*zip(*shown, strict=True), width, color=colours[provider], label=provider)
-    right.set_xticks([index + 0.4 - width / 2 for index in range(len(notes))], [note.removeprefix("largest batch in ") for note in notes])
+    noted = [row for row in rows if row["note"]]
+    notes = sorted({row["note"] for row in noted}, key=lambda note: int(note.split()[-2]))  # largest batch in 80 GB
+    shown = [provider for provider in providers if any(row["provider"] == provider for row in noted)]
+    width = 0.8 / max(1, len(shown))
+    for place, provider in enumerate(shown):
+        mine = {notes.index(row["note"]): float(row["tokens_per_second"]) for row in noted if row["provider"] == provider}
+        left_edges = [index + (place - (len(shown) - 1) / 2) * width for index in mine]
+        right.bar(left_edges, list(mine.values()), width, color=colours[provider], label=provider)
+    right.set_xticks(range(len(notes)), [note.removeprefix("largest batch in ") for note in notes])
     right.set(xlabel="memory", ylabel="tokens per second", title="Largest batch that fits, 32K tokens each")
     right.legend(fontsize="small")
     figure.savefig(folder / "decode.png", dpi=120)
