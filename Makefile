@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup test test-gpu lint smoke readme bench bench-kernels clean
+.PHONY: help setup test test-gpu lint smoke readme bench bench-kernels bench-decode clean
 
 help:  ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z%-]+):.*## (.*)/  make \1\t\2/' | expand -t 28
@@ -44,6 +44,9 @@ bench: $(STAMP)  ## time and peak memory of table 1 on this machine
 
 bench-kernels: $(STAMP)  ## time of the kernels on this machine's GPU, beside full precision
 	$(BIN)/python scripts/bench_kernels.py results
+
+bench-decode: $(STAMP)  ## time of whole decode steps of a 7B model on this machine's GPU
+	$(BIN)/python scripts/bench_decode.py results
 
 clean:  ## forget the cells of this machine (runs/) and caches; results/ and .venv stay
 	rm -rf runs .pytest_cache .ruff_cache
