@@ -12,8 +12,8 @@ from vidkv_eval.settings import PROJECT
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_example_runs_on_a_stock_model_and_stores_fewer_bits(capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_the_examples_run_on_a_stock_model_and_store_fewer_bits(capsys):
+    example, fused = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32
@@ -22,6 +22,10 @@ def test_the_example_runs_on_a_stock_model_and_stores_fewer_bits(capsys):
     names = {"model": LlamaForCausalLM(config).eval(), "inputs": inputs}
     exec(example, names)
     assert names["output"].shape == (1, 208)
+    assert float(capsys.readouterr().out) < 6
+    expected = names["output"]
+    exec(fused + example, names)
+    assert torch.equal(names["output"], expected)
     assert float(capsys.readouterr().out) < 6
 
 
