@@ -23,6 +23,7 @@ from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.recipe import load_recipe
 from vidkv_eval.settings import compose
+from vidkv_eval.shared_lengths import SharedLengths
 from vidkv_kernels import attend_cuda
 from vidkv_kernels.attend import attend_reference
 from vidkv_kernels.fragment_history import FragmentHistory
@@ -315,6 +316,14 @@ def test_mini_models_say_what_they_say_with_the_dense_cache(name, monkeypatch):
     assert [answer.text for answer in answers[FUSED]] == [answer.text for answer in answers[GROUPED]]
     # An order of all channels takes more room than a list of wide ones.
     assert all(packed.key_bytes >= dense.key_bytes for packed, dense in zip(*answers.values(), strict=True))
+
+
+def test_lengths_that_layers_share_keep_their_place_and_are_right():
+    lengths, cpu = SharedLengths(), torch.device("cpu")
+    first = lengths.on(cpu, (3, 4))
+    for wanted in [(3, 4), (4, 5), (7, 7), (1, 9), (0, 8), (2, 2)]:
+        assert lengths.on(cpu, wanted) is first and first.tolist() == list(wanted)
+    assert lengths.on(cpu, (1, 2, 3)).tolist() == [1, 2, 3]
 
 
 # Batch operations, crops and resets

@@ -13,6 +13,7 @@ ORDER = (
     "fused",
     "recipe",
     "fused_quantize",
+    "shared_lengths",
     "fused_states",
     "prompt",
     "score_drop",

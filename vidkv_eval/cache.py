@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vidkv_eval.fused_states import FUSED, SHORTEST, FusedStates, Member, PackedStep, SharedLengths, say_once, why_not_fused
+from vidkv_eval.fused_states import FUSED, SHORTEST, FusedStates, Member, PackedStep, say_once, why_not_fused
 from vidkv_eval.prompt import Prompt, watch
 from vidkv_eval.quant.base import QuantizedStates, Quantizer
 from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe
 from vidkv_eval.score_drop import GROUPED, ScoreDrop, put_note
+from vidkv_eval.shared_lengths import SharedLengths
 from vidkv_eval.stored import StoredStates
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from vidkv_eval.fused import NotPackable, channel_order, packed_form, query_matrix
+from vidkv_eval.quant.base import Quantizer
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.split_tokens import SplitTokens
@@ -44,23 +45,27 @@ class DirectQuantizer:
     is_spectral: bool
 
     @classmethod
-    @functools.cache
     def of(cls, recipe: Recipe, width: int) -> DirectQuantizer | None:
         """Return the quantizer of a recipe for heads of so many channels, or None if the kernels do not know what it does."""
+        return cls._of(recipe.key, recipe.value, width)
+
+    @classmethod
+    @functools.cache
+    def _of(cls, key: Quantizer, value: Quantizer, width: int) -> DirectQuantizer | None:
         try:
-            keys, values = packed_form(recipe.key, recipe.value, width)
+            keys, values = packed_form(key, value, width)
             form = Form.of(keys, values)
             quantize_cuda.check_form(form.plain)
         except (NotPackable, UnsupportedForm):
             return None
-        split = recipe.key if isinstance(recipe.key, SplitChannels) else None
+        split = key if isinstance(key, SplitChannels) else None
         if split and split.per_head:
             # Kernels choose channels for all heads of a sequence together.
             return None
-        normal = split.normal if split else recipe.key
+        normal = split.normal if split else key
         if isinstance(normal, Spectral) and normal.inner.code_count != 2:
             return None
-        value = recipe.value.other if isinstance(recipe.value, SplitTokens) else recipe.value
+        value = value.other if isinstance(value, SplitTokens) else value
         threshold = value.threshold if isinstance(value, Ternary) else 0.0
         return cls(form, split, threshold, isinstance(normal, Spectral) and keys.matrix is not None)
 

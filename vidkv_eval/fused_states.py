@@ -18,6 +18,7 @@ from vidkv_eval.fused import NotPackable, pack_keys, pack_values, packed_form, r
 from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.recipe import Recipe
+from vidkv_eval.shared_lengths import SharedLengths
 from vidkv_kernels import attend_cuda, nvrtc
 from vidkv_kernels.attend import OP as ATTEND
 from vidkv_kernels.attend import attend_reference
@@ -36,37 +37,6 @@ states takes a twelfth of the time of dequantizing first (results/kernels.md).""
 
 States = dict[str, torch.Tensor]
 """Keys and values, [B, H, T, D], by the names key and value."""
-
-
-class SharedLengths:
-    """Residual lengths of the sequences of a batch, on the device; layers that ask for the same ones share a tensor and its writing.
-
-    A tensor keeps its place in memory while the number of sequences stays the same, so that captured graphs may read it.
-
-    Attributes:
-        changes: counted up by layers whenever they store, forget or move tokens.
-    """
-
-    def __init__(self):
-        self.changes = 0
-        self._shown: dict[torch.device, tuple[int, ...]] = {}
-        self._tensors: dict[torch.device, torch.Tensor] = {}
-
-    def on(self, device: torch.device, lengths: tuple[int, ...]) -> torch.Tensor:
-        """Return int32 [B] that holds `lengths` for kernels launched from now until another call asks for other lengths."""
-        shown = self._shown.get(device, ())
-        if shown == lengths:
-            return self._tensors[device]
-        if len(shown) != len(lengths):
-            self._tensors[device] = torch.tensor(lengths, dtype=torch.int32, device=device)
-        elif len(set(lengths)) == 1:
-            self._tensors[device].fill_(lengths[0])
-        elif len(more := {now - before for now, before in zip(lengths, shown, strict=True)}) == 1:
-            self._tensors[device].add_(more.pop())
-        else:
-            self._tensors[device].copy_(torch.tensor(lengths, dtype=torch.int32))
-        self._shown[device] = lengths
-        return self._tensors[device]
 
 
 @dataclass

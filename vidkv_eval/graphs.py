@@ -123,8 +123,15 @@ class StepGraphs:
     def _capture(self, cache: QuantizedCache, embeddings: torch.Tensor, positions: torch.Tensor) -> _Captured:
         embeddings, positions = embeddings.clone(), positions.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(embeddings.device), torch.cuda.graph(graph):
-            output = self.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
+        try:
+            # Other threads may allocate meanwhile.
+            with torch.cuda.device(embeddings.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                output = self.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decode step of this model cannot be captured as a CUDA graph: {error}; "
+                "call use_attention(model, 'fused', graphs=False), and start with a new cache"
+            ) from error
         return _Captured(graph, embeddings, positions, output.last_hidden_state)
 
     def _forget(self) -> None:
