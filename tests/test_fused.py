@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import importlib
 import logging
 import weakref
 
@@ -22,7 +23,7 @@ from vidkv_eval.library_cache import make_cache
 from vidkv_eval.prompt import Prompt
 from vidkv_eval.quant.marks import TokenMarks
 from vidkv_eval.recipe import load_recipe
-from vidkv_eval.settings import compose
+from vidkv_eval.settings import PROJECT, compose
 from vidkv_eval.shared_lengths import SharedLengths
 from vidkv_kernels import attend_cuda
 from vidkv_kernels.attend import attend_reference
@@ -557,6 +558,20 @@ def test_repeating_the_launches_of_a_step_does_what_the_step_does(name, monkeypa
     empty = torch.zeros(2, HEADS, 0, 64)
     for left, right in zip(repeated.layers[0].read(empty, empty), stepped.layers[0].read(empty, empty), strict=True):
         assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("name", [KIVI, SCALED, "vidkv_k150_v158_published"])
+@pytest.mark.parametrize("prompt_tokens, new", [(100, 5), (96, 130), (40, 200)])
+def test_bytes_are_those_of_the_formula_that_full_size_runs_are_held_to(name, prompt_tokens, new, monkeypatch):
+    keep_fragments(monkeypatch)
+    monkeypatch.syspath_prepend(str(PROJECT / "scripts"))
+    formula = importlib.import_module("check_fused").expected_bytes
+    cache = one_layer_cache(name, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    for tokens in (prompt_tokens, *[1] * (new - 1)):
+        cache.update(*(torch.randn(1, 3, tokens, 128, generator=generator).half() for _ in range(2)), 0)
+    footprint = cache.footprint()
+    assert (footprint.key_bytes, footprint.value_bytes) == formula(name, prompt_tokens, new, 1, 3)
 
 
 @pytest.mark.parametrize("name", [PROTECTED, "vidkv_k150_v166_published"])
