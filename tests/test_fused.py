@@ -11,6 +11,7 @@ import tiny
 import torch
 from test_cache import generate, make_states, prompt, tiny_model
 from test_references import PACKABLE, UNPACKABLE
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from vidkv_eval import cache as cache_module
 from vidkv_eval import fused_states
@@ -572,6 +573,43 @@ def test_bytes_are_those_of_the_formula_that_full_size_runs_are_held_to(name, pr
         cache.update(*(torch.randn(1, 3, tokens, 128, generator=generator).half() for _ in range(2)), 0)
     footprint = cache.footprint()
     assert (footprint.key_bytes, footprint.value_bytes) == formula(name, prompt_tokens, new, 1, 3)
+
+
+@pytest.mark.parametrize("layers_done", [0, 1, 2])
+def test_a_step_that_cannot_be_captured_is_taken_back_and_done_as_usual(layers_done, monkeypatch, caplog):
+    keep_fragments(monkeypatch)
+    config = Qwen2Config(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.3, eos_token_id=None, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config).eval()
+    use_attention(model, FUSED)
+    graphs, layers = model.get_decoder().forward, model.get_decoder().layers
+
+    def fail(embeddings, positions, cache):
+        """Get so many layers far, as a capture does: counted and not launched."""
+        attend, forward = PackedStep.attend, layers[layers_done].forward if layers_done < 2 else None
+        monkeypatch.setattr(PackedStep, "attend", lambda self, query, scaling: torch.zeros_like(query))
+        if forward:
+            layers[layers_done].forward = lambda *arguments, **options: torch.empty(-1)
+        try:
+            graphs.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            monkeypatch.setattr(PackedStep, "attend", attend)
+            if forward:
+                layers[layers_done].forward = forward
+
+    monkeypatch.setattr(graphs, "_record", fail)
+    outputs = []
+    for is_step in (lambda cache, arguments: cache.get_seq_length() > 100, lambda *_: False):
+        monkeypatch.setattr(graphs, "_can_be_step", is_step)
+        cache = QuantizedCache.for_model(model, load_recipe(KIVI))
+        outputs.append((*generate(model, prompt(100), cache, 150), cache.footprint()))
+    assert [record.message for record in caplog.records if "could not be captured" in record.message]
+    (tokens, scores, footprint), expected = outputs
+    assert torch.equal(tokens, expected[0]) and torch.equal(scores, expected[1]) and footprint == expected[2]
 
 
 @pytest.mark.parametrize("name", [PROTECTED, "vidkv_k150_v166_published"])

@@ -245,6 +245,10 @@ class FusedGroup(SequenceGroup):
         states.append(new_states)
         return seen
 
+    def uncount_step(self) -> None:
+        """Take back the last step, which was never done; nothing was due before it."""
+        self._states.uncount_step()
+
     def _make_states(self, new_states: dict[str, torch.Tensor]) -> FusedStates:
         keys = new_states["key"]
         members = [Member(rows, self._prompt.row(rows[0]).padding[0]) for rows in self._groups]
@@ -421,6 +425,12 @@ class QuantizedLayer(CacheLayerMixin):
         self.groups[0].states.count_repeat()
         self._tokens += 1
 
+    def uncount_step(self, length: int) -> None:
+        """Take back a step that was counted and never done, if there was one; see `QuantizedCache.uncount_step`."""
+        if self._tokens > length:
+            self.groups[0].uncount_step()
+            self._tokens -= 1
+
     def quantized(self, name: str) -> list[QuantizedStates]:
         """Return the quantized history of keys or values (`name`), for each group of sequences that are stored together.
 
@@ -596,6 +606,11 @@ class QuantizedCache(Cache):
             if parts[-1] is None:
                 return None
         return tuple(parts)
+
+    def uncount_step(self, length: int) -> None:
+        """Take back a step of one token whose launches were never made, in those layers that hold more than `length` tokens for it."""
+        for layer in self.layers:
+            layer.uncount_step(length)
 
     @property
     def changes(self) -> int:

@@ -293,6 +293,14 @@ class FusedStates:
         """Count the token that a repetition stores."""
         self._count_step()
 
+    def uncount_step(self) -> None:
+        """Take back the last step, whose launches were never made; nothing was due before it."""
+        self._lengths.changes += 1
+        self._unwritten = None
+        self.tokens -= 1
+        for member in self.members:
+            member.residual, member.due = member.residual - 1, 0
+
     def attend(self, query: torch.Tensor, scaling: float, new: States) -> torch.Tensor:
         """Attend to all that is stored, of which `new` is the newest token; see `PackedStep.attend`."""
         is_exact = self._buffers["key"].dtype == self.dtype

@@ -6,6 +6,7 @@ what a step reads and writes in place, and its lengths on the device, so that th
 
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ class StepGraphs:
         self._embed = decoder.get_input_embeddings()
         self.forward = decoder.forward
         self.replays = 0
+        self._is_possible = True
         self._cache: weakref.ref[QuantizedCache] | None = None
         self._alike: object = None  # what the last steps had in common
         self._steps = 0
@@ -55,7 +57,7 @@ class StepGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        if args or not self._can_be_step(cache, kwargs):
+        if args or not self._is_possible or not self._can_be_step(cache, kwargs):
             self._forget()
             return self.forward(*args, **kwargs)
         if self._cache is None or self._cache() is not cache or cache.changes != self._changes:
@@ -73,6 +75,8 @@ class StepGraphs:
                 return self.forward(**kwargs)
             # Counts the token in the cache, while nothing is launched.
             captured = self._captured = self._capture(cache, embeddings, positions)
+            if captured is None:
+                return self.forward(**kwargs)
             is_counted = True
         else:
             is_counted = False
@@ -120,19 +124,28 @@ class StepGraphs:
         visible = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]
         return torch.equal(mask.bool(), visible.expand_as(mask))
 
-    def _capture(self, cache: QuantizedCache, embeddings: torch.Tensor, positions: torch.Tensor) -> _Captured:
+    def _capture(self, cache: QuantizedCache, embeddings: torch.Tensor, positions: torch.Tensor) -> _Captured | None:
+        """Capture a step; None, and no further attempt, if this model's steps cannot be."""
+        length = cache.get_seq_length()
         embeddings, positions = embeddings.clone(), positions.clone()
-        graph = torch.cuda.CUDAGraph()
         try:
-            # Other threads may allocate meanwhile.
-            with torch.cuda.device(embeddings.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                output = self.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
+            graph, output = self._record(embeddings, positions, cache)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"a decode step of this model cannot be captured as a CUDA graph: {error}; "
-                "call use_attention(model, 'fused', graphs=False), and start with a new cache"
-            ) from error
-        return _Captured(graph, embeddings, positions, output.last_hidden_state)
+            logging.getLogger(__name__).warning("a decode step could not be captured as a CUDA graph; steps are done one by one: %s", error)
+            cache.uncount_step(length)
+            self._is_possible = False
+            self._forget()
+            return None
+        return _Captured(graph, embeddings, positions, output)
+
+    def _record(
+        self, embeddings: torch.Tensor, positions: torch.Tensor, cache: QuantizedCache
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate meanwhile.
+        with torch.cuda.device(embeddings.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
+        return graph, output.last_hidden_state
 
     def _forget(self) -> None:
         self._cache, self._alike, self._steps, self._captured, self._changes = None, None, 0, None, -1
