@@ -92,7 +92,7 @@ class StepGraphs:
 
     def _can_be_step(self, cache: object, kwargs: dict) -> bool:
         """Whether a graph can do this call, as far as its arguments tell."""
-        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        given = _tokens_of(kwargs)
         if not isinstance(cache, QuantizedCache) or not cache.options.fused or torch.is_grad_enabled():
             return False
         if given is None or not given.is_cuda or given.shape[1] != 1:
@@ -103,7 +103,7 @@ class StepGraphs:
 
     def _make_ready(self, cache: QuantizedCache, kwargs: dict) -> None:
         """Let the cache get ready for a repetition; forget the graph if that would not be right any more."""
-        given = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        given = _tokens_of(kwargs)
         alike = cache.prepare_repeat(given.device)
         if self._cache is None or self._cache() is not cache or alike != self._alike:
             self._forget()
@@ -149,6 +149,11 @@ class StepGraphs:
 
     def _forget(self) -> None:
         self._cache, self._alike, self._steps, self._captured, self._changes = None, None, 0, None, -1
+
+
+def _tokens_of(kwargs: dict) -> torch.Tensor | None:
+    """Return what a decoder is called with: embeddings, or else ids."""
+    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
 
 
 def use_graphs(model: PreTrainedModel) -> None:
