@@ -249,7 +249,6 @@ struct Number {
 struct Part {  // tokens in full precision
   u16* keys;
   u16* values;
-  const int* lengths;
   i64 key_batch, key_head, key_token, value_batch, value_head, value_token;
 };
 
@@ -266,6 +265,22 @@ struct Chosen {  // protected tokens
   i64 capacity, blocks;
 };
 
+// What this block does. Read anew whenever it is made, so that nothing of it need be kept in registers.
+struct Share {
+  int split, splits, batch, head, first_head, head_count;  // up to 8 query heads of a key/value head
+  i64 query_row;
+  __device__ __forceinline__ Share(int heads, int ratio) {
+    int y;
+    asm volatile("mov.u32 %0, %ctaid.x; mov.u32 %1, %ctaid.y; mov.u32 %2, %ctaid.z; mov.u32 %3, %nctaid.x;"
+                 : "=r"(split), "=r"(y), "=r"(batch), "=r"(splits));
+    const int head_blocks = ratio <= 8 ? 1 : (ratio + 7) / 8;
+    head = head_blocks == 1 ? y : y / head_blocks;
+    first_head = (y - head * head_blocks) * 8;
+    head_count = min(8, ratio - first_head);
+    query_row = (i64)(batch * heads + head) * ratio + first_head;
+  }
+};
+
 __device__ __forceinline__ float middle(int channel) {
   if (channel < CENTRED_FROM || channel >= CHANNELS) return 0.f;
   return channel >= TERNARY_FROM && channel < TERNARY_TO ? 1.f : channel < WIDE_CHANNELS ? 1.5f : 0.5f;
@@ -275,20 +290,19 @@ __device__ __forceinline__ int channel_of(int tile, int row_half, int g) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, MIN_BLOCKS)
-attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const int* __restrict__ lengths,
-       const u16* __restrict__ query, const float* __restrict__ key_scale_max,
-       const float* __restrict__ value_scale_max, const u8* __restrict__ order, i64 order_batch, i64 order_head,
-       const u8* __restrict__ matrix, const float* __restrict__ center, i64 center_batch, i64 center_head,
-       const u16* __restrict__ key_units, const u16* __restrict__ value_units, Part residual, Part prefix, Fresh fresh, Chosen chosen,
-       float* __restrict__ partial, float* __restrict__ partial_weight, u16* __restrict__ out, int heads, int ratio, u32 reciprocal,
-       float exponent_scale) {
+attend(int heads, int ratio, u32 reciprocal, float exponent_scale, const u8* __restrict__ order, i64 order_batch, i64 order_head,
+       const int* __restrict__ lengths, const int* __restrict__ residual_lengths, const int* __restrict__ prefix_lengths,
+       const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity, const u16* __restrict__ query,
+       const float* __restrict__ key_scale_max, const float* __restrict__ value_scale_max, const u8* __restrict__ matrix, Fresh fresh,
+       Part residual, const u16* __restrict__ key_units, const u16* __restrict__ value_units, const float* __restrict__ center,
+       i64 center_batch, i64 center_head, Chosen chosen, float* __restrict__ partial, float* __restrict__ partial_weight,
+       u16* __restrict__ out, Part prefix) {
   extern __shared__ __align__(128) u8 shared[];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int split = blockIdx.x, splits = gridDim.x, batch = blockIdx.z;
-  const int head_blocks = ratio <= 8 ? 1 : (ratio + 7) / 8, head = head_blocks == 1 ? blockIdx.y : blockIdx.y / head_blocks;
-  const int first_head = (blockIdx.y - head * head_blocks) * 8, head_count = min(8, ratio - first_head);
-  const int bh = batch * heads + head;
-  const i64 query_row = (i64)bh * ratio + first_head;
+  const Share block(heads, ratio);
+  const int split = block.split, splits = block.splits, batch = block.batch, head = block.head, bh = batch * heads + head;
+  const int first_head = block.first_head, head_count = block.head_count;
+  const i64 query_row = block.query_row;
   start_dependents();
 
   // Everything small is asked for before the first of it is needed.
@@ -303,8 +317,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
                                                     + 16 * min(warp + i * WARPS, TILES - 1) + 8 * kh + 2 * t);
 #endif
   const int length = keys ? lengths[batch] : 0;
-  const int fresh_place = residual.lengths[batch], residual_length = fresh_place + (fresh.keys ? 1 : 0);
-  const int prefix_length = prefix.lengths ? prefix.lengths[batch] : 0;
+  const int fresh_place = residual_lengths[batch], residual_length = fresh_place + (fresh.keys ? 1 : 0);
+  const int prefix_length = prefix_lengths ? prefix_lengths[batch] : 0;
   // The fresh token is written behind the residual by one warp of its head; nobody reads it from there in this launch.
   const bool writes_fresh = fresh.keys && split == 0 && warp == 0 && first_head == 0 && lane < WIDTH / 4;
   const int piece = lane % (WIDTH / 8) * 8;
@@ -345,46 +359,6 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_ROWS][32]
   float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_ROWS * 512);  // [8][MAPPED_ROW]
 
-  // What is to be mapped: the query of head g as it is, or in half precision and exact but for a power of two. What does not need
-  // lengths and order is done while these are under way.
-  float shift_own = 1.f;  // what was taken out of head g, a power of two
-  u32 inputs[TILES][2];
-  auto largest = [&](float value) {
-    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
-    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
-  };
-  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
-#if MAPPED
-  {
-    float most = 0.f;
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
-    const int e = exponent(largest(most), 0);
-    shift_own = power(e);
-    const float down = power(-e);
-#pragma unroll
-    for (int j = 0; j < TILES; j++)
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) inputs[j][kh] = pack_half(input_low(words[j][kh]) * down, input_high(words[j][kh]) * down);
-  }
-#else
-#pragma unroll
-  for (int j = 0; j < TILES; j++)
-#pragma unroll
-    for (int kh = 0; kh < 2; kh++) inputs[j][kh] = words[j][kh];
-#endif
-#if ORDERED
-  u16* const rows = reinterpret_cast<u16*>(mapped);  // [8][QUERY_ROW]
-#pragma unroll
-  for (int j = 0; j < TILES; j++)
-    if (j % WARPS == warp)
-#pragma unroll
-      for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = inputs[j][kh];
-  __syncthreads();
-#endif
-
   // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
   const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
   const int prefix_units = (prefix_length + 15) / 16, units = prefix_units + (residual_length + 15) / 16;
@@ -393,9 +367,12 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
   int unit_cost = 0;
 #pragma unroll
   for (int k = 1; k <= UNIT_COST; k++) unit_cost += (u32)units <= workers && records >= k * workers;
-  // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up.
+  // part(n, i) grows with i, by n / workers rounded either way, from 0 to n: `reciprocal` is 2^32 / workers, rounded up, and 0 for one.
   auto part = [&](u32 share, u32 rest, u32 i) { return (int)(i * share + __umulhi(i * rest, reciprocal)); };
-  const u32 total = records + unit_cost * units, share = total / workers, rest = total - share * workers;
+  const u32 total = records + unit_cost * units;
+  u32 share = reciprocal ? __umulhi(total, reciprocal) : total;  // total / workers, or one more
+  share -= share * workers > total;
+  const u32 rest = total - share * workers;
   const u32 unit_share = (u32)units < workers ? 0 : units / workers, unit_rest = units - unit_share * workers;
   const int first_unit = part(unit_share, unit_rest, worker), last_unit = part(unit_share, unit_rest, worker + 1);
   const int first = part(share, rest, worker) - unit_cost * first_unit;
@@ -441,6 +418,46 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
         ? residual.keys + batch * residual.key_batch + head * residual.key_head + fresh_place * residual.key_token
         : residual.values + batch * residual.value_batch + head * residual.value_head + fresh_place * residual.value_token)) = fresh_piece;
   __syncwarp();
+
+  // What is to be mapped: the query of head g as it is, or in half precision and exact but for a power of two. What does not need
+  // lengths and order is done while these are under way.
+  float shift_own = 1.f;  // what was taken out of head g, a power of two
+  u32 inputs[TILES][2];
+  auto largest = [&](float value) {
+    value = fmaxf(value, __shfl_xor_sync(~0u, value, 1));
+    return fmaxf(value, __shfl_xor_sync(~0u, value, 2));
+  };
+  auto exponent = [](float value, int wanted) { return max(-100, min(100, (int)(__float_as_uint(value) >> 23) - 127 - wanted)); };
+#if MAPPED
+  {
+    float most = 0.f;
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) most = fmaxf(most, fmaxf(fabsf(input_low(words[j][kh])), fabsf(input_high(words[j][kh]))));
+    const int e = exponent(largest(most), 0);
+    shift_own = power(e);
+    const float down = power(-e);
+#pragma unroll
+    for (int j = 0; j < TILES; j++)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) inputs[j][kh] = pack_half(input_low(words[j][kh]) * down, input_high(words[j][kh]) * down);
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+#pragma unroll
+    for (int kh = 0; kh < 2; kh++) inputs[j][kh] = words[j][kh];
+#endif
+#if ORDERED
+  u16* const rows = reinterpret_cast<u16*>(mapped);  // [8][QUERY_ROW]
+#pragma unroll
+  for (int j = 0; j < TILES; j++)
+    if (j % WARPS == warp)
+#pragma unroll
+      for (int kh = 0; kh < 2; kh++) *reinterpret_cast<u32*>(rows + g * QUERY_ROW + 16 * j + 8 * kh + 2 * t) = inputs[j][kh];
+  __syncthreads();
+#endif
 
   // The query of head g in half precision, by a power of two small enough for its products with key scales.
   u32 q[KEY_STEPS][2];
@@ -1385,7 +1402,8 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
     weights[(warp * 8 + 2 * t + 1) * 2 + 1] = all1;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < head_count * (WIDTH / 2); i += WARPS * 32) {
+  const Share own(heads, ratio);
+  for (int i = threadIdx.x; i < own.head_count * (WIDTH / 2); i += WARPS * 32) {
     const int row_head = i / (WIDTH / 2), channel = i % (WIDTH / 2);
     float top = LOWEST, n0 = 0.f, n1 = 0.f, weight = 0.f;
 #pragma unroll
@@ -1399,15 +1417,16 @@ attend(const u8* __restrict__ keys, const u8* __restrict__ values, i64 capacity,
       weight = fmaf(e, weights[(w * 8 + row_head) * 2 + 1], weight);
     }
     const float inverse = weight > 0.f ? __fdividef(1.f, weight) : 0.f;
-    const i64 row = query_row + row_head;
-    if (splits == 1) {
+    const float log_weight = weight > 0.f ? top + log2_fast(weight) : LOWEST;
+    const i64 row = own.query_row + row_head;
+    if (own.splits == 1) {
       out[row * WIDTH + channel] = (u16)(pack_input(n0 * inverse, 0.f) & 0xffffu);
       out[row * WIDTH + channel + WIDTH / 2] = (u16)(pack_input(n1 * inverse, 0.f) & 0xffffu);
     } else {
-      float* state = partial + (row * splits + split) * WIDTH + channel;
+      float* state = partial + (row * own.splits + own.split) * WIDTH + channel;
       state[0] = n0 * inverse;
       state[WIDTH / 2] = n1 * inverse;
-      if (channel == 0) partial_weight[row * splits + split] = weight > 0.f ? top + log2_fast(weight) : LOWEST;
+      if (channel == 0) partial_weight[row * own.splits + own.split] = log_weight;
     }
   }
 }

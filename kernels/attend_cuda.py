@@ -60,7 +60,6 @@ class _Part(ctypes.Structure):
     _fields_ = [
         ("keys", ctypes.c_void_p),
         ("values", ctypes.c_void_p),
-        ("lengths", ctypes.c_void_p),
         *((f"{tensor}_{axis}", ctypes.c_longlong) for tensor in ("key", "value") for axis in ("batch", "head", "token")),
     ]
 
@@ -145,12 +144,14 @@ class Attend:
             packed = [history.keys, history.values, history.lengths, history.key_scale_max, history.value_scale_max]
             packed += history.units or (None, None)
         keys, values, lengths, key_bound, value_bound, *units = map(nvrtc.pointer, packed)
+        # What a block needs first comes first: each line of parameters is waited for.
         arguments = (
-            keys, values, ctypes.c_longlong(0 if history is None else history.keys.shape[2]), lengths, self._query,
-            key_bound, value_bound, nvrtc.pointer(order), *_strides(order), nvrtc.pointer(matrix), nvrtc.pointer(center), *_strides(center),
-            *units, _part(residual), _part(prefix), self._fresh, _chosen(history), self._partial, self._weights, self._out,
             ctypes.c_int(heads), ctypes.c_int(ratio), ctypes.c_uint(-(-(1 << 32) // (plan.splits * plan.warps))),
-            ctypes.c_float(scaling * LOG2_E),
+            ctypes.c_float(scaling * LOG2_E), nvrtc.pointer(order), *_strides(order), lengths, nvrtc.pointer(residual.lengths),
+            nvrtc.pointer(None if prefix is None else prefix.lengths), keys, values,
+            ctypes.c_longlong(0 if history is None else history.keys.shape[2]), self._query, key_bound, value_bound, nvrtc.pointer(matrix),
+            self._fresh, _part(residual), *units, nvrtc.pointer(center), *_strides(center), _chosen(history), self._partial, self._weights,
+            self._out, _part(prefix),
         )  # fmt: skip
         grid = (plan.splits, heads * head_blocks, batch)
         with torch.cuda.device(device):
@@ -322,5 +323,5 @@ def _chosen(history: FragmentHistory | None) -> _Chosen:
 def _part(part: FullPrecision | None) -> _Part:
     if part is None:
         return _Part()
-    pointers = (part.keys.data_ptr(), part.values.data_ptr(), part.lengths.data_ptr())
+    pointers = (part.keys.data_ptr(), part.values.data_ptr())
     return _Part(*pointers, *part.keys.stride()[:3], *part.values.stride()[:3])
