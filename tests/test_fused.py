@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib
 import logging
+import types
 import weakref
 
 import pytest
@@ -18,7 +19,7 @@ from vidkv_eval import fused_states
 from vidkv_eval.attention import FUSED, GROUPED, fused, use_attention
 from vidkv_eval.cache import Footprint, FusedGroup, QuantizedCache
 from vidkv_eval.fused_states import PackedStep
-from vidkv_eval.graphs import KNOWN, StepGraphs
+from vidkv_eval.graphs import KNOWN, StepGraphs, _Captured
 from vidkv_eval.harness import Session
 from vidkv_eval.library_cache import make_cache
 from vidkv_eval.prompt import Prompt
@@ -587,14 +588,14 @@ def test_a_step_that_cannot_be_captured_is_taken_back_and_done_as_usual(layers_d
     use_attention(model, FUSED)
     graphs, layers = model.get_decoder().forward, model.get_decoder().layers
 
-    def fail(embeddings, positions, cache):
+    def fail(cache, tokens, positions, counts_positions):
         """Get so many layers far, as a capture does: counted and not launched."""
         attend, forward = PackedStep.attend, layers[layers_done].forward if layers_done < 2 else None
         monkeypatch.setattr(PackedStep, "attend", lambda self, query, scaling: torch.zeros_like(query))
         if forward:
             layers[layers_done].forward = lambda *arguments, **options: torch.empty(-1)
         try:
-            graphs.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache)
+            graphs.forward(**tokens, position_ids=positions, past_key_values=cache)
             raise RuntimeError("operation not permitted when stream is capturing")
         finally:
             monkeypatch.setattr(PackedStep, "attend", attend)
@@ -610,6 +611,24 @@ def test_a_step_that_cannot_be_captured_is_taken_back_and_done_as_usual(layers_d
     assert [record.message for record in caplog.records if "could not be captured" in record.message]
     (tokens, scores, footprint), expected = outputs
     assert torch.equal(tokens, expected[0]) and torch.equal(scores, expected[1]) and footprint == expected[2]
+
+
+def test_a_repeated_step_knows_its_position():
+    """The graph raises the position by itself; it is set anew where the next step is not at the next position."""
+    positions, seen = torch.tensor([[7]]), []
+
+    def replay():
+        seen.append((int(ids), int(positions)))
+        positions.add_(1)
+
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    captured = _Captured(types.SimpleNamespace(replay=replay), ("input_ids", ids), positions, 7, torch.empty(0))
+    for token, position in [(3, 7), (4, 8), (5, 20), (6, 21)]:
+        captured.replay(torch.tensor([[token]]), None, position)
+    assert seen == [(3, 7), (4, 8), (5, 20), (6, 21)]
+    assert captured.takes("input_ids", ids, None)
+    assert not captured.takes("input_ids", ids, positions) and not captured.takes("inputs_embeds", ids, None)
+    assert not captured.takes("input_ids", ids.expand(2, 1), None)
 
 
 @pytest.mark.parametrize("name", [PROTECTED, "vidkv_k150_v166_published"])

@@ -26,12 +26,38 @@ KNOWN = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_k
 """Arguments that decoders may be given, the last of them by models that pass on what is meant for their head; any other must be empty."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Captured:
+    """A captured step.
+
+    Attributes:
+        tokens: what the decoder is called with, "input_ids" or "inputs_embeds", and the buffer of it.
+        positions: buffer of positions.
+        next_position: what the buffer holds; the graph raises it by one. None: callers give positions.
+        output: last hidden states.
+    """
+
     graph: torch.cuda.CUDAGraph
-    embeddings: torch.Tensor
+    tokens: tuple[str, torch.Tensor]
     positions: torch.Tensor
+    next_position: int | None
     output: torch.Tensor
+
+    def takes(self, name: str, tokens: torch.Tensor, positions: torch.Tensor | None) -> bool:
+        """Whether a step with these can be a repetition of this one."""
+        own_name, own = self.tokens
+        are_alike = name == own_name and tokens.shape == own.shape and (positions is None) == (self.next_position is not None)
+        return are_alike and (positions is None or positions.shape == self.positions.shape)
+
+    def replay(self, tokens: torch.Tensor, positions: torch.Tensor | None, position: int) -> None:
+        """Do the step for other tokens. Whatever is launched before the graph delays it."""
+        self.tokens[1].copy_(tokens)
+        if positions is not None:
+            self.positions.copy_(positions)
+        elif position != self.next_position:
+            self.positions.fill_(position)
+        self.graph.replay()
+        self.next_position = None if positions is not None else position + 1
 
 
 class StepGraphs:
@@ -45,7 +71,6 @@ class StepGraphs:
     """
 
     def __init__(self, decoder: nn.Module):
-        self._embed = decoder.get_input_embeddings()
         self.forward = decoder.forward
         self.replays = 0
         self._is_possible = True
@@ -64,25 +89,20 @@ class StepGraphs:
             self._make_ready(cache, kwargs)
         if self._alike is None:
             return self.forward(**kwargs)
-        ids, embeddings, positions = (kwargs.get(name) for name in ("input_ids", "inputs_embeds", "position_ids"))
-        embeddings = self._embed(ids) if embeddings is None else embeddings
-        if positions is None:
-            positions = torch.full((1, 1), cache.get_seq_length(), device=embeddings.device)
+        name, tokens = _tokens_of(kwargs)
+        positions, position = kwargs.get("position_ids"), cache.get_seq_length()
         captured = self._captured
-        if captured is None or embeddings.shape != captured.embeddings.shape or positions.shape != captured.positions.shape:
+        is_counted = False
+        if captured is None or not captured.takes(name, tokens, positions):
             self._steps += 1
             if self._steps <= STEPS_BEFORE:
                 return self.forward(**kwargs)
             # Counts the token in the cache, while nothing is launched.
-            captured = self._captured = self._capture(cache, embeddings, positions)
+            captured = self._captured = self._capture(cache, name, tokens, positions)
             if captured is None:
                 return self.forward(**kwargs)
             is_counted = True
-        else:
-            is_counted = False
-        captured.embeddings.copy_(embeddings)
-        captured.positions.copy_(positions)
-        captured.graph.replay()
+        captured.replay(tokens, positions, position)
         self.replays += 1
         # While the GPU works: what the cache has to do before the next step.
         if not is_counted:
@@ -92,7 +112,7 @@ class StepGraphs:
 
     def _can_be_step(self, cache: object, kwargs: dict) -> bool:
         """Whether a graph can do this call, as far as its arguments tell."""
-        given = _tokens_of(kwargs)
+        _, given = _tokens_of(kwargs)
         if not isinstance(cache, QuantizedCache) or not cache.options.fused or torch.is_grad_enabled():
             return False
         if given is None or not given.is_cuda or given.shape[1] != 1:
@@ -103,7 +123,7 @@ class StepGraphs:
 
     def _make_ready(self, cache: QuantizedCache, kwargs: dict) -> None:
         """Let the cache get ready for a repetition; forget the graph if that would not be right any more."""
-        given = _tokens_of(kwargs)
+        _, given = _tokens_of(kwargs)
         alike = cache.prepare_repeat(given.device)
         if self._cache is None or self._cache() is not cache or alike != self._alike:
             self._forget()
@@ -124,36 +144,41 @@ class StepGraphs:
         visible = torch.arange(mask.shape[1], device=mask.device) >= padding[:, None]
         return torch.equal(mask.bool(), visible.expand_as(mask))
 
-    def _capture(self, cache: QuantizedCache, embeddings: torch.Tensor, positions: torch.Tensor) -> _Captured | None:
+    def _capture(self, cache: QuantizedCache, name: str, tokens: torch.Tensor, positions: torch.Tensor | None) -> _Captured | None:
         """Capture a step; None, and no further attempt, if this model's steps cannot be."""
         length = cache.get_seq_length()
-        embeddings, positions = embeddings.clone(), positions.clone()
+        counts_positions = positions is None
+        tokens = tokens.clone()
+        positions = torch.full((1, 1), length, device=tokens.device) if counts_positions else positions.clone()
         try:
-            graph, output = self._record(embeddings, positions, cache)
+            graph, output = self._record(cache, {name: tokens}, positions, counts_positions)
         except RuntimeError as error:
             logging.getLogger(__name__).warning("a decode step could not be captured as a CUDA graph; steps are done one by one: %s", error)
             cache.uncount_step(length)
             self._is_possible = False
             self._forget()
             return None
-        return _Captured(graph, embeddings, positions, output)
+        return _Captured(graph, (name, tokens), positions, length if counts_positions else None, output)
 
     def _record(
-        self, embeddings: torch.Tensor, positions: torch.Tensor, cache: QuantizedCache
+        self, cache: QuantizedCache, tokens: dict[str, torch.Tensor], positions: torch.Tensor, counts_positions: bool
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate meanwhile.
-        with torch.cuda.device(embeddings.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            output = self.forward(inputs_embeds=embeddings, position_ids=positions, past_key_values=cache, use_cache=True)
+        with torch.cuda.device(positions.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            output = self.forward(**tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+            if counts_positions:
+                positions += 1
         return graph, output.last_hidden_state
 
     def _forget(self) -> None:
         self._cache, self._alike, self._steps, self._captured, self._changes = None, None, 0, None, -1
 
 
-def _tokens_of(kwargs: dict) -> torch.Tensor | None:
-    """Return what a decoder is called with: embeddings, or else ids."""
-    return kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+def _tokens_of(kwargs: dict) -> tuple[str, torch.Tensor | None]:
+    """Return what a decoder is called with, and its name: embeddings, or else ids."""
+    name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+    return name, kwargs.get(name)
 
 
 def use_graphs(model: PreTrainedModel) -> None:

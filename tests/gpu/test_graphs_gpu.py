@@ -66,6 +66,24 @@ def test_a_second_turn_crops_and_beams_go_on_with_graphs(gpu):
     assert results[0] == results[1]
 
 
+def test_positions_that_nobody_gives_follow_the_cache(gpu):
+    model = make_model(gpu, FUSED, torch.bfloat16)
+    input_ids = torch.randint(1, 97, (1, 330), generator=torch.Generator().manual_seed(0)).to(gpu)
+    logits = []
+    for graphs in (True, False):
+        use_attention(model, FUSED, graphs=graphs)
+        cache = QuantizedCache.for_model(model, load_recipe("kivi_k2_v2"), keep_newest=16)
+        with torch.no_grad():
+            model(input_ids[:, :300], past_key_values=cache)
+            for position in [*range(300, 320), *range(310, 330)]:
+                if position < cache.get_seq_length():
+                    cache.crop(position - cache.get_seq_length())
+                last = model(input_ids[:, position : position + 1], past_key_values=cache).logits
+        logits.append(last)
+        assert (getattr(model.get_decoder().forward, "replays", 0) > 20) == graphs
+    assert torch.equal(*logits)
+
+
 def test_a_mask_that_hides_stored_tokens_is_obeyed(gpu):
     model = make_model(gpu, FUSED, torch.float16)
     input_ids = torch.randint(1, 97, (1, 330), generator=torch.Generator().manual_seed(0)).to(gpu)
