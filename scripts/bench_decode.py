@@ -8,12 +8,13 @@ attends with SDPA, once with the flash kernel and once with whatever PyTorch cho
 Mode `graph`: the launches of a step are captured as a CUDA graph and repeated, as `vidkv_eval.graphs` does it for recipes. For full
 precision the whole model is captured, and the captured step is repeated at the same length: no step of a growing cache could be
 faster. Mode `eager`: launches are issued from Python, step by step. Recipes are compared with the fastest full precision of the same
-mode and shape. The steps of a recipe include one in which the residual is full and quantized, in all layers; `milliseconds` and tokens
-per second are means over all steps, percentiles are of single steps.
+mode and shape. All that is timed of a shape is timed in turns, a run of steps each, for several rounds; `milliseconds` is the median of
+the rounds' means, with the smallest and the largest. A run of a recipe includes one step in which the residual is full and quantized, in
+all layers; percentiles are of single steps, of all rounds.
 
 `--memory 80` adds, at 32K tokens, the largest batch of full precision and of two recipes whose weights, cache and a tenth of reserve
-fit into 80 GB. Peak memory is what PyTorch allocated during the timed steps. `--plot-only` draws the plot again from decode.csv,
-without a GPU.
+fit into 80 GB, one after the other. Peak memory is what PyTorch allocated during the timed steps, with what else of the shape is there
+besides taken off. `--plot-only` draws the plot again from decode.csv, without a GPU.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import argparse
 import contextlib
 import csv
 import datetime
+import gc
 import importlib.util
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +64,15 @@ MAIN = ("kivi_k2_v2", "vidkv_k150_v158_scaled")
 RECIPES = (*MAIN, "vidkv_k150_v158_published", "vidkv_k150_v166_scaled", "ours_k182_v158")
 SHAPES = tuple((1, tokens << 10) for tokens in (2, 8, 32, 128)) + ((8, 8192), (8, 32768), (28, 32768))
 EAGER_SHAPES = ((1, 8192), (8, 32768))
+ROUNDS = {"graph": 3, "eager": 1}
 ALL_RECIPES_AT = (8, 32768)
 EQUAL_MEMORY_TOKENS = 32768
 WARM_UP, STEPS = STEPS_BEFORE + 3, 128  # a residual of 128 tokens is full once
 FILLED_AT_ONCE = 4
 HEADS, WIDTH = QWEN2_7B["num_key_value_heads"], 128
 COLUMNS = (
-    "mode", "provider", "batch", "tokens", "milliseconds", "p20", "p80", "tokens_per_second", "times_faster", "peak_gib", "cache_gib",
-    "formula_gib", "note",
+    "mode", "provider", "batch", "tokens", "milliseconds", "least", "most", "p20", "p80", "tokens_per_second", "times_faster", "peak_gib",
+    "cache_gib", "formula_gib", "note",
 )  # fmt: skip
 
 
@@ -121,6 +125,7 @@ def make_model() -> Qwen2ForCausalLM:
 
 def fill(model: Qwen2ForCausalLM, provider: str, batch: int, tokens: int) -> Cache:
     """Make a cache that holds `tokens` random tokens of `batch` sequences."""
+    use_attention(model, "sdpa" if provider in FULL else "fused")
     layers = model.config.num_hidden_layers
     if provider in FULL:
         cache = Cache(layers=[PreallocatedLayer(tokens + WARM_UP + STEPS + 1) for _ in range(layers)])
@@ -156,6 +161,60 @@ def formula_bytes(provider: str, batch: int, tokens: int) -> int | None:
     return head * (records * (form.key_record_bytes + form.value_record_bytes) + 2 * 2 * recipe.residual_length * WIDTH)
 
 
+@dataclass
+class Contender:
+    """A provider with its cache, whose steps are timed in turns with those of others.
+
+    Attributes:
+        batch: sequences.
+        held: bytes allocated for the cache.
+        peak: bytes allocated at most while its steps were timed, beyond what was there before.
+        forward: of the text decoder while these steps are done; it may be the one that repeats graphs.
+        times: seconds of single steps, a list for each round.
+    """
+
+    model: Qwen2ForCausalLM
+    mode: str
+    provider: str
+    cache: Cache
+    batch: int
+    held: int
+    forward: Callable | None = None
+    step: Callable[[], torch.Tensor] | None = None
+    peak: int = 0
+    times: list[list[float]] = field(default_factory=list)
+
+    def run(self, steps: int) -> None:
+        """Do some steps to warm up, and then so many that are timed."""
+        decoder, is_full = self.model.get_decoder(), self.provider in FULL
+        use_attention(self.model, "sdpa", graphs=False)
+        if not is_full:
+            use_attention(self.model, "fused", graphs=self.mode == "graph")
+        self.forward = decoder.forward = self.forward or decoder.forward
+        before, length = torch.cuda.memory_allocated(), self.cache.get_seq_length()
+        torch.cuda.reset_peak_memory_stats()
+        if self.step is None:
+            self.step = make_step(self.model, self.cache, self.provider, self.batch, self.mode)
+        times = []
+        for index in range(WARM_UP + steps):
+            if index == WARM_UP:
+                replays = getattr(self.forward, "replays", 0)
+            started = time.perf_counter()
+            logits = self.step()
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
+        self.peak = max(self.peak, torch.cuda.max_memory_allocated() - before)
+        assert logits.isfinite().all(), f"{self.provider}: logits are not finite"
+        if is_full:
+            for layer in self.cache.layers:
+                layer.length = length
+        if steps:
+            self.times.append(times[WARM_UP:])
+            if self.mode == "graph" and not is_full:
+                replays = self.forward.replays - replays
+                assert replays >= steps - STEPS_BEFORE - 2, f"{self.provider}: only {replays} of {steps} steps were repeated as graphs"
+
+
 def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, mode: str) -> Callable[[], torch.Tensor]:
     """Return a function that does a decode step and returns logits."""
     ids = torch.randint(0, 1000, (batch, 1), device="cuda")
@@ -179,36 +238,46 @@ def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, 
         graph.replay()
         return logits
 
+    replay.inputs = ids, positions  # the graph reads them
     return replay
 
 
 @torch.no_grad()
-def measure(model: Qwen2ForCausalLM, mode: str, provider: str, batch: int, tokens: int) -> dict:
-    use_attention(model, "sdpa" if provider in FULL else "fused", graphs=mode == "graph")
-    before = torch.cuda.memory_allocated()
-    cache = fill(model, provider, batch, tokens)
-    torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated() - before
-    torch.cuda.reset_peak_memory_stats()
-    step = make_step(model, cache, provider, batch, mode)
-    replayed, times = getattr(model.get_decoder().forward, "replays", 0), []
-    for _ in range(WARM_UP + STEPS):
-        started = time.perf_counter()
-        logits = step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    assert logits.isfinite().all(), f"{provider}: logits are not finite"
-    times = times[WARM_UP:]
-    if mode == "graph" and provider not in FULL:
-        replays = model.get_decoder().forward.replays - replayed
-        assert replays >= STEPS - STEPS_BEFORE - 2, f"{provider}: only {replays} of {STEPS} steps were repeated as graphs"
-    tenths, mean = statistics.quantiles(times, n=10), statistics.mean(times)
-    formula = formula_bytes(provider, batch, tokens)
-    return {
-        "milliseconds": 1e3 * mean, "p20": 1e3 * tenths[1], "p80": 1e3 * tenths[7],
-        "tokens_per_second": batch / mean, "peak_gib": torch.cuda.max_memory_allocated() / 2**30, "cache_gib": held / 2**30,
-        "formula_gib": None if formula is None else formula / 2**30,
-    }  # fmt: skip
+def measure(model: Qwen2ForCausalLM, mode: str, providers: Sequence[str], batch: int, tokens: int) -> Iterator[dict]:
+    """Time providers in turns and yield a row of each; a note says if its cache finds no room beside those before."""
+    contenders, full = [], None
+    rows = {provider: {"mode": mode, "provider": provider, "batch": batch, "tokens": tokens} for provider in providers}
+    for provider in providers:
+        before = torch.cuda.memory_allocated()
+        try:
+            if provider in FULL and full:
+                own = Contender(model, mode, provider, full.cache, batch, full.held)  # steps leave that cache as it was
+            else:
+                cache = fill(model, provider, batch, tokens)
+                torch.cuda.synchronize()
+                own = Contender(model, mode, provider, cache, batch, torch.cuda.memory_allocated() - before)
+            own.run(0)
+        except torch.OutOfMemoryError:
+            rows[provider]["note"] = "does not fit"
+            cache = own = None
+            torch.cuda.empty_cache()
+            continue
+        full = own if provider in FULL else full
+        contenders.append(own)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    for _ in range(ROUNDS[mode]):
+        for own in contenders:
+            own.run(STEPS)
+    for own in contenders:
+        means = [statistics.mean(times) for times in own.times]
+        tenths = statistics.quantiles([one for times in own.times for one in times], n=10)
+        mean, formula = statistics.median(means), formula_bytes(own.provider, batch, tokens)
+        rows[own.provider] |= {
+            "milliseconds": 1e3 * mean, "least": 1e3 * min(means), "most": 1e3 * max(means), "p20": 1e3 * tenths[1], "p80": 1e3 * tenths[7],
+            "tokens_per_second": batch / mean, "peak_gib": (weights + own.held + own.peak) / 2**30, "cache_gib": own.held / 2**30,
+            "formula_gib": None if formula is None else formula / 2**30,
+        }  # fmt: skip
+    yield from rows.values()
 
 
 def largest_batches(model: Qwen2ForCausalLM, memory: int, bytes_of_sequence: dict[str, float]) -> Iterator[tuple[str, int]]:
@@ -235,23 +304,23 @@ def main() -> None:
     rows: list[dict] = []
     best: dict[tuple, float] = {}
 
-    def add(mode: str, provider: str, batch: int, tokens: int, note: str = "") -> dict:
+    def add(mode: str, providers: Sequence[str], batch: int, tokens: int, note: str = "") -> None:
         key = (mode, note) if note else (mode, batch, tokens)
-        row = {"mode": mode, "provider": provider, "batch": batch, "tokens": tokens, "note": note}
-        try:
-            row |= measure(model, mode, provider, batch, tokens)
-            if provider in FULL:
+        for row in measure(model, mode, providers, batch, tokens):
+            if note:
+                row["note"] = "; ".join(part for part in (note, row.get("note")) if part)
+            if "milliseconds" in row and row["provider"] in FULL:
                 best[key] = max(best.get(key, 0.0), row["tokens_per_second"])
-            elif key in best:
+            elif "milliseconds" in row and key in best:
                 row["times_faster"] = row["tokens_per_second"] / best[key]
-        except torch.OutOfMemoryError:
-            row["note"] = (note + "; " if note else "") + "does not fit"
+            rows.append(row)
+            found = (f"{name} {row[name]:.2f}" for name in ("milliseconds", "least", "most", "times_faster", "peak_gib") if name in row)
+            print(mode, row["provider"], batch, tokens, *found, row.get("note", ""), flush=True)
+        # A captured step keeps what it was captured with.
+        use_attention(model, "sdpa", graphs=False)
+        gc.collect()
         torch.cuda.empty_cache()
-        rows.append(row)
-        found = (f"{name} {row[name]:.2f}" for name in ("milliseconds", "times_faster", "peak_gib") if name in row)
-        print(mode, provider, batch, tokens, *found, row["note"], flush=True)
         write(rows, arguments.folder)
-        return row
 
     bytes_of_sequence: dict[str, float] = {}
     for batch, tokens in SHAPES:
@@ -259,13 +328,17 @@ def main() -> None:
         for mode in ("graph", "eager") if (batch, tokens) in EAGER_SHAPES else ("graph",):
             # What PyTorch chooses plans anew in each eager step; one shape shows it.
             full = list(FULL) if mode == "graph" or batch > 1 else list(FULL)[:1]
-            for provider in (*full, *recipes):
-                row = add(mode, provider, batch, tokens)
-                if (batch, tokens) == ALL_RECIPES_AT and "cache_gib" in row and provider in (*FULL, *MAIN):
-                    bytes_of_sequence[provider] = row["cache_gib"] * 2**30 / batch
+            add(mode, [*full, *(recipes if mode == "graph" else [name for name in recipes if name in MAIN])], batch, tokens)
+            if (batch, tokens) == ALL_RECIPES_AT:
+                bytes_of_sequence |= {
+                    row["provider"]: row["cache_gib"] * 2**30 / batch
+                    for row in rows
+                    if row["batch"] == batch and row["tokens"] == tokens and "cache_gib" in row and row["provider"] in (*FULL, *MAIN)
+                }
     for memory in arguments.memory:
+        note = f"largest batch in {memory} GB"
         for provider, batch in largest_batches(model, memory, bytes_of_sequence):
-            add("graph", provider, batch, EQUAL_MEMORY_TOKENS, f"largest batch in {memory} GB")
+            add("graph", [provider], batch, EQUAL_MEMORY_TOKENS, note)
     plot(arguments.folder)
 
 
@@ -281,7 +354,8 @@ def write(rows: list[dict], folder: Path) -> None:
     lines = [
         "# Decode steps of a 7B model, measured",
         "",
-        f"{gpu.name}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}; {STEPS} steps after {WARM_UP}. Made by "
+        f"{gpu.name}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}; runs of {STEPS} steps after {WARM_UP}, "
+        f"{ROUNDS['graph']} rounds (eager: {ROUNDS['eager']}). Made by "
         f"`python {' '.join(sys.argv)}`.",
         "",
         " ".join(setting.split()),
