@@ -121,7 +121,7 @@ def table(reports: list[dict]) -> str:
         "graphs part from steps at", "fused parts from dense at", "largest difference of logits", "largest logit",
     )  # fmt: skip
     environment = reports[0]["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items() if version)
     lines = [
         "# Attention over the packed cache at full size",
         "",
