@@ -244,7 +244,7 @@ def make_step(model: Qwen2ForCausalLM, cache: Cache, provider: str, batch: int, 
 
 @torch.no_grad()
 def measure(model: Qwen2ForCausalLM, mode: str, providers: Sequence[str], batch: int, tokens: int) -> Iterator[dict]:
-    """Time providers in turns and yield a row of each; a note says if its cache finds no room beside those before."""
+    """Time providers in turns and yield a row of each; a note says if its cache finds no room beside the others."""
     contenders, full = [], None
     rows = {provider: {"mode": mode, "provider": provider, "batch": batch, "tokens": tokens} for provider in providers}
     for provider in providers:
@@ -266,8 +266,12 @@ def measure(model: Qwen2ForCausalLM, mode: str, providers: Sequence[str], batch:
         contenders.append(own)
     weights = sum(weight.nbytes for weight in model.parameters())
     for _ in range(ROUNDS[mode]):
-        for own in contenders:
-            own.run(STEPS)
+        for own in contenders.copy():
+            try:
+                own.run(STEPS)
+            except torch.OutOfMemoryError:
+                rows[own.provider]["note"] = "does not fit once it has grown"
+                contenders.remove(own)
     for own in contenders:
         means = [statistics.mean(times) for times in own.times]
         tenths = statistics.quantiles([one for times in own.times for one in times], n=10)
