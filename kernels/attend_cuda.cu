@@ -76,6 +76,8 @@ constexpr int CHOSEN_AT = RECORDS * KEY_RECORD + VALUE_PLACES * VALUE_RECORD;
 constexpr int QUEUES_AT = CHOSEN_AT + CHOSEN_RECORDS * CHOSEN_RECORD;  // rows of 8 heads: others, protected, and one for what is not held
 constexpr int SLOT = PROTECTED ? QUEUES_AT + (2 * QUEUE + 1) * 16 : CHOSEN_AT;
 constexpr int BARRIERS = PROTECTED ? 32 : 16;  // bytes of a warp
+// Barriers come first, and nothing else ever lies there: their memory changes by itself when a GPU turns from one process to another.
+constexpr int SLOTS_AT = (WARPS * BARRIERS + 127) / 128 * 128;
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;
 constexpr float GROWTH = 8.f;
@@ -355,9 +357,9 @@ attend(int heads, int ratio, u32 reciprocal, float exponent_scale, const u8* __r
     unit_pieces[k] = reinterpret_cast<const uint4*>(from)[i < KEY_PIECES ? i : i - KEY_PIECES];
   }
 #endif
-  u8* const after_slots = shared + WARPS * SLOT;
-  uint4* const offset_query = reinterpret_cast<uint4*>(after_slots + WARPS * BARRIERS);  // [OFFSET_ROWS][32]
-  float* const mapped = reinterpret_cast<float*>(after_slots + WARPS * BARRIERS + OFFSET_ROWS * 512);  // [8][MAPPED_ROW]
+  u8* const slots = shared + SLOTS_AT;
+  uint4* const offset_query = reinterpret_cast<uint4*>(slots + WARPS * SLOT);                 // [OFFSET_ROWS][32]
+  float* const mapped = reinterpret_cast<float*>(slots + WARPS * SLOT + OFFSET_ROWS * 512);  // [8][MAPPED_ROW]
 
   // The share of this warp: a run of records, and some units of 16 tokens in full precision, which take about as long as 3 blocks of 32.
   const int records = (length + RECORD_TOKENS - 1) / RECORD_TOKENS;
@@ -379,7 +381,7 @@ attend(int heads, int ratio, u32 reciprocal, float exponent_scale, const u8* __r
   const int count = part(share, rest, worker + 1) - unit_cost * last_unit - first;
   const bool cut = length % RECORD_TOKENS && count > 0 && first + count == records;  // ends in a record that is not full
 
-  u8* const key_slot = shared + warp * SLOT;
+  u8* const key_slot = slots + warp * SLOT;
   u8* const value_slot = key_slot + RECORDS * KEY_RECORD;
   const u8* const key_run = keys + ((i64)bh * capacity + first) * KEY_RECORD;
   const u8* value_run = values + ((i64)bh * capacity + first) * VALUE_RECORD;
@@ -403,7 +405,7 @@ attend(int heads, int ratio, u32 reciprocal, float exponent_scale, const u8* __r
 #endif
   Copies copies;
   int key_phase = 0, value_phase = 0;
-  copies.init(shared_address(after_slots) + warp * BARRIERS, lane);
+  copies.init(shared_address(shared) + warp * BARRIERS, lane);
   auto start_keys = [&](int at) {
     copies.start(0, shared_address(key_slot), key_run + (i64)at * KEY_RECORD, min(RECORDS, count - at) * KEY_RECORD, lane);
   };
@@ -1354,7 +1356,7 @@ attend(int heads, int ratio, u32 reciprocal, float exponent_scale, const u8* __r
   }
   __syncthreads();
   constexpr int ROW = WIDTH + 1;
-  float* const gathered = reinterpret_cast<float*>(shared);  // [WARPS][8][ROW]
+  float* const gathered = reinterpret_cast<float*>(slots);  // [WARPS][8][ROW]
   float* const weights = gathered + WARPS * 8 * ROW;          // [WARPS][8][2]
   const float all0 = full0 + sum[0], all1 = full1 + sum[1];
 #pragma unroll

@@ -252,15 +252,16 @@ def _kernels(
 
 def _shared_bytes(form: Form, chunks: int, warps: int) -> int:
     records = max(1, chunks // form.chunks)
-    slots = warps * (records * (form.key_record_bytes + form.value_record_bytes) + 16)
+    barriers = -(-warps * (32 if form.is_protected else 16) // 128) * 128
+    slots = warps * records * (form.key_record_bytes + form.value_record_bytes)
     if form.is_protected:
         rows = 2 * max(2 * records, 4) * form.group_size + 1  # of two queues of probabilities, 16 bytes each
-        slots += warps * (form.value_record_bytes + 2 * form.protected.value_record_bytes + 16 * rows + 16)
+        slots += warps * (form.value_record_bytes + 2 * form.protected.value_record_bytes + 16 * rows)
     row = 4 * (16 * form.key_steps + 4)
     mapped = 8 * max(row, 2 * (form.width + 8)) + 16 * form.width
     if form.metadata_bits == 4:
         mapped += 6 * (16 * form.key_steps + form.width) + 8 * row + 64 * (-(-form.key_steps // 4) * 4) + 32
-    return max(slots + 512 * form.offset_rows + mapped, warps * 8 * (form.width + 3) * 4)
+    return barriers + max(slots + 512 * form.offset_rows + mapped, warps * 8 * (form.width + 3) * 4)
 
 
 @functools.cache
