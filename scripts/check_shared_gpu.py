@@ -3,8 +3,8 @@
     python scripts/check_shared_gpu.py [--processes 12] [--seconds 10]
 
 Each process launches attention over the same packed layer again and again, and counts, on the device, launches whose result is not the
-bits of its first one. Beside it, as a control: a process of plain matrix products each. Prints a line for each process. With one process
-nothing should differ; see kernels/NOTES.md for what was found with more.
+bits of its first one. Beside it, as a control: a process of plain matrix products each. Prints a line for each process; the exit status is
+1 if a launch of attention differed. Nothing should: kernels/NOTES.md has the error that this found.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("no GPU is visible to torch")
     context = multiprocessing.get_context("spawn")
+    differing = 0
     for name in WORKS:
         found = context.Queue()
         processes = [context.Process(target=repeat, args=(name, arguments.seconds, found)) for _ in range(arguments.processes)]
@@ -85,8 +86,11 @@ def main() -> None:
         for _ in processes:
             what, done, different, not_finite = found.get()
             print(f"{what}: {done} times, {different} different, {not_finite} not finite", flush=True)
+            differing += different if name == "attention" else 0
         for process in processes:
             process.join()
+    if differing:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

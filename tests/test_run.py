@@ -146,17 +146,6 @@ def test_a_worker_ends_when_its_parent_is_killed(assets, tmp_path):
     assert ended, "the worker outlived its parent"
 
 
-@pytest.mark.parametrize(
-    "attention, device, gpus, expected",
-    [("fused", "cuda:0", 1, 1), ("fused", "cuda:0", 2, 2), ("fused", "cpu", 0, 3), ("sdpa", "cuda:0", 1, 3)],
-)
-def test_workers_with_fused_attention_do_not_share_a_gpu(settings, attention, device, gpus, expected, capsys):
-    cache = ["profile.cache.rows=null", "profile.cache.keep_dense=false"]
-    plan = plan_cells(["recipe=kivi_k2_v2", *settings, "workers=3", f"model.attn_implementation={attention}", *cache])
-    assert run.count_workers(plan, device, gpus) == expected
-    assert ("needs a GPU for each" in capsys.readouterr().err) == (expected < 3)
-
-
 def test_a_silent_judge_stops_the_run_before_any_process_starts(assets, settings):
     plan = plan_cells(["judge=openai", "judge.url=http://127.0.0.1:9/v1/chat/completions", "judge.api_key=null", *settings])
     with pytest.raises(JudgeUnavailable, match="http://127.0.0.1:9/v1/chat/completions does not answer"):

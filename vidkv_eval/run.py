@@ -113,7 +113,7 @@ class Run:
         self.settings, self.store, self.command, self.judged = plan.settings, store, command, judged
         self.logs = plan.runs / "logs"
         self.device, self.gpus = find_device(plan.settings["device"])
-        self.slots = count_workers(plan, self.device, len(self.gpus))
+        self.slots = plan.settings["workers"] or max(1, len(self.gpus))
         self.outcome = Outcome()
         self.events: queue.Queue[tuple[Worker, dict | None]] = queue.Queue()
 
@@ -213,20 +213,6 @@ class Run:
         if worker.log not in self.outcome.logs:
             self.outcome.logs.append(worker.log)
         progress.say(f"failed: {address}: {reason}")
-
-
-def count_workers(plan: Plan, device: str, gpus: int) -> int:
-    """Return how many groups are measured at a time: what the settings say, or one per GPU.
-
-    Attention `fused` gets a GPU for each worker: its kernels gave NaN now and then on a GPU that several processes shared
-    (kernels/NOTES.md).
-    """
-    wanted, alone = plan.settings["workers"] or max(1, gpus), max(1, gpus)
-    is_fused = any(cell.model["attn_implementation"] == "fused" for cell in plan.cells)
-    if device == "cpu" or not is_fused or wanted <= alone:
-        return wanted
-    print(f"workers={wanted}, but attention 'fused' needs a GPU for each; measuring {alone} at a time", file=sys.stderr)
-    return alone
 
 
 def find_device(wanted: str) -> tuple[str, list[str]]:
