@@ -11,11 +11,9 @@ from vidkv_eval.quant.base import impossible
 from vidkv_eval.quant.grouped import GroupedQuantizer
 from vidkv_eval.quant.grouping import Granularity
 from vidkv_eval.quant.metadata import Metadata, MetadataWriter
+from vidkv_kernels.fit import codes_for, fit, middle_for
 
 NOMINAL_BITS = {2: 1.0, 3: 1.58, 4: 2.0, 16: 4.0}
-# Codes and levels are improved by turns, as in Lloyd's method, this many times; more changes nothing that could be measured.
-ROUNDS = 4
-SMALLEST_WEIGHT = 0.05
 
 
 @dataclass(frozen=True)
@@ -55,35 +53,12 @@ class Fitted(GroupedQuantizer):
         return self.levels
 
     def encode(self, groups: torch.Tensor, write: MetadataWriter) -> torch.Tensor:
-        weights = self._weigh(groups)
-        weights /= weights.sum(-1, keepdim=True)
-        low, high = groups.aminmax(dim=-1, keepdim=True)
-        middle, scale = (low + high) / 2, (high - low) / (self.levels - 1)
-        mean = (weights * groups).sum(-1, keepdim=True)
-        for _ in range(ROUNDS):
-            steps = self._nearest(groups, middle, scale)
-            mean_steps = (weights * steps).sum(-1, keepdim=True)
-            spread = weights * (steps - mean_steps)
-            # Zero only in a constant group, whose steps are all alike.
-            size = (spread * steps).sum(-1, keepdim=True)
-            scale = (spread * (groups - mean)).sum(-1, keepdim=True) / torch.where(size > 0, size, 1)
-            middle = mean - scale * mean_steps
+        half = (self.levels - 1) / 2
+        scale, middle, weights = fit(groups, half, self.emphasis, -1)
         # What is stored is coarser: each choice is made for what has been rounded before it.
-        scale = write("scale", scale.squeeze(-1).clamp(min=0))
-        steps = self._nearest(groups, middle, scale)
-        middle = write("middle", (weights * (groups - scale * steps)).sum(-1))
-        return self._nearest(groups, middle, scale) + (self.levels - 1) / 2
+        scale = write("scale", scale.squeeze(-1))
+        middle = write("middle", middle_for(groups, half, scale, middle, weights, -1).squeeze(-1))
+        return codes_for(groups, half, scale, middle)
 
     def decode(self, codes: torch.Tensor, metadata: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return metadata["middle"] + metadata["scale"] * (codes - (self.levels - 1) / 2)
-
-    def _weigh(self, groups: torch.Tensor) -> torch.Tensor:
-        distances = (groups - groups.mean(-1, keepdim=True)).abs()
-        typical = distances.square().mean(-1, keepdim=True).sqrt()
-        return (distances / torch.where(typical > 0, typical, 1)).clamp(min=SMALLEST_WEIGHT) ** self.emphasis
-
-    def _nearest(self, groups: torch.Tensor, middle: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        """Return the distance of the nearest level from the middle, in scales."""
-        half = (self.levels - 1) / 2
-        # A scale of zero makes every level the middle, so any divisor will do.
-        return ((groups - middle) / torch.where(scale > 0, scale, 1) + half).round_().clamp_(0, 2 * half) - half
