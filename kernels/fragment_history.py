@@ -237,6 +237,45 @@ class FragmentHistory:
         self.lengths += counts
         self.held = held
 
+    def append_codes(
+        self,
+        keys: tuple[torch.Tensor, torch.Tensor],
+        values: tuple[torch.Tensor, torch.Tensor],
+        *,
+        count: torch.Tensor | None = None,
+        held: Sequence[int] | None = None,
+    ) -> None:
+        """Append tokens in place whose codes are known, with metadata of 4 bits; units are those of this history.
+
+        Args:
+            keys: codes, uint8 [B, H, T, C], and metadata, uint8 [B, H, T / S, C]: the code of the scale in the upper half, of the offset
+                in the lower one, 0 where none is stored. T in whole groups.
+            values: likewise, [B, H, T, D] and [B, H, T / S, D].
+            count, held: as in `quantize`; counts in whole groups.
+        Raises:
+            UnsupportedForm: metadata of this history is not of 4 bits.
+            ValueError: tensors of another shape or dtype, or the buffers are full: call `reserve` first.
+        """
+        form = self.form
+        if form.metadata_bits != 4 or not form.is_scaled:
+            raise UnsupportedForm(f"metadata has {form.metadata_bits} bits; tokens can be appended as codes with scales of 4 bits")
+        batch, heads = self.keys.shape[:2]
+        tokens = keys[0].shape[2] // form.group_size * form.group_size
+        for name, pair, channels in (("keys", keys, form.channels), ("values", values, form.width)):
+            check_packed(f"{name}, codes", pair[0], (batch, heads, tokens, channels), torch.uint8, self.device)
+            groups = (batch, heads, tokens // form.group_size, channels)
+            check_packed(f"{name}, metadata", pair[1], groups, torch.uint8, self.device)
+        held = [length + tokens for length in self.held] if held is None else list(held)
+        if max(held) > self.capacity:
+            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        counts = torch.full_like(self.lengths, tokens) if count is None else count
+        check_packed("count", counts, (batch,), torch.int32, self.device)
+        write = pack_cuda.write_bytes if self.device.type == "cuda" else _write_bytes
+        for which, pair, records in ((0, keys, self.keys), (1, values, self.values)):
+            write(form, which, *pair, records, self.lengths, counts)
+        self.lengths += counts
+        self.held = held
+
     @property
     def value_places(self) -> torch.Tensor:
         """Where the next values that are not protected go: int32 [B], entries held of these."""
@@ -424,6 +463,20 @@ def _write_values(
     row, group = is_new_group.nonzero(as_tuple=True)
     target = starts.long()[row] // form.group_size + group
     records[row, :, target] = pack_values(form, run.unpack()[:, :, :entries], scale, offset)[row, :, group]
+
+
+def _write_bytes(
+    form: Form, which: int, codes: torch.Tensor, metadata: torch.Tensor, records: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """What `pack_cuda.write_bytes` does, in torch."""
+    is_new = torch.arange(0, codes.shape[2], form.group_size, device=records.device) < counts[:, None]
+    row, group = is_new.nonzero(as_tuple=True)
+    scale, offset = metadata >> 4, metadata & 15
+    if which == 0:
+        packed = pack_keys(form, codes, scale, offset[..., : form.stored_offsets] if form.stored_offsets else None)
+    else:
+        packed = pack_values(form, codes, scale, offset if form.is_value_offset_stored else None)
+    records[row, :, starts.long()[row] // form.group_size + group] = packed[row, :, group]
 
 
 def _cut(metadata: torch.Tensor | None, count: int, is_held: torch.Tensor) -> torch.Tensor | None:

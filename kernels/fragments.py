@@ -391,12 +391,22 @@ def pack_units(form: Form, keys: PackedKeys, run: PackedValues) -> tuple[torch.T
             if unit is not None:
                 units[:, :, index, : unit.shape[-1]] = unit
         stacked.append(units)
-    return stacked[0], _value_lanes(stacked[1]).contiguous().flatten(3)
+    return stacked[0], lay_value_units(stacked[1])
+
+
+def lay_value_units(units: torch.Tensor) -> torch.Tensor:
+    """Bring units of value channels, [B, H, 3, D], into the order in which the kernels read them."""
+    return _value_lanes(units).contiguous().flatten(3)
+
+
+def read_value_units(units: torch.Tensor) -> torch.Tensor:
+    """The inverse of `lay_value_units`."""
+    return _from_value_lanes(units)
 
 
 def unpack_units(form: Form, units: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Return units and centers of keys and of values by their names in `packed`; the inverse of `pack_units`."""
-    key_units, value_units = units[0], _from_value_lanes(units[1])
+    key_units, value_units = units[0], read_value_units(units[1])
     keys = {"scale_unit": key_units[:, :, 0, : form.channels].contiguous()}
     if form.stored_offsets:
         keys |= {name: key_units[:, :, row, : form.stored_offsets].contiguous() for name, row in OFFSET_ROWS_OF_UNITS.items()}

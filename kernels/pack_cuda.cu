@@ -1,5 +1,6 @@
 // From the portable layout of packed.py to records in fragment order; see fragments.py for both orders. A block makes one record.
-// Compile-time constants as for attend_cuda.cu.
+// Compile-time constants as for attend_cuda.cu, and
+//   BYTES   1: codes are bytes [B, H, T, C], and metadata codes of 4 bits lie in `scale`, a byte for scale and offset of a channel
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -10,7 +11,9 @@ constexpr int NARROW_STEPS = KEY_STEPS - WIDE_STEPS;
 constexpr int TILES = WIDTH / 16;
 constexpr int KEY_CODES = WIDE_STEPS * 128 + NARROW_STEPS * 64;
 constexpr int KEY_PAIRS = (KEY_STEPS + 1) / 2;
-constexpr int KEY_WORDS = CHANNELS + WIDE_CHANNELS;  // of 32 tokens in the portable layout
+// Words of 32 tokens in the source.
+constexpr int KEY_WORDS = BYTES ? 8 * CHANNELS : CHANNELS + WIDE_CHANNELS;
+constexpr int VALUE_WORDS = BYTES ? 8 * WIDTH : VALUE_BITS * WIDTH;
 constexpr int KEY_METADATA = METADATA_BITS == 4 ? KEY_STEPS * 16 : KEY_PAIRS * 64 + (STORED_STEPS / 2) * 64 + (STORED_STEPS % 2) * 32;
 constexpr int KEY_RECORD = CHUNKS * KEY_CODES + KEY_METADATA;
 constexpr int VALUE_CODES = TILES * 64 * VALUE_BITS;
@@ -19,10 +22,12 @@ constexpr int VALUE_RECORD = CHUNKS * VALUE_CODES + VALUE_METADATA * (VALUE_STOR
 
 // Code of one token of a channel, given the words of 32 tokens.
 __device__ __forceinline__ u32 code_of(const u32* words, int bits, int channels, int channel, int token) {
+  if (BYTES) return reinterpret_cast<const u8*>(words)[token * channels + channel];
   return bits == 2 ? words[(token >> 4) * channels + channel] >> (2 * (token & 15)) & 3u : words[channel] >> token & 1u;
 }
 
 __device__ __forceinline__ u32 key_code_of(const u32* words, int channel, int token) {
+  if (BYTES) return code_of(words, 2, CHANNELS, channel, token);
   if (channel < WIDE_CHANNELS) return code_of(words, 2, WIDE_CHANNELS, channel, token);
   return code_of(words + 2 * WIDE_CHANNELS, 1, CHANNELS - WIDE_CHANNELS, channel - WIDE_CHANNELS, token);
 }
@@ -30,6 +35,13 @@ __device__ __forceinline__ u32 key_code_of(const u32* words, int channel, int to
 // Metadata code of 4 bits of a channel, given those of a group; 0 if it has none.
 __device__ __forceinline__ u32 nibble_of(const u8* codes, int channels, int channel) {
   return codes && channel < channels ? codes[channel >> 1] >> 4 * (channel & 1) & 15u : 0u;
+}
+
+// Both metadata codes of a channel of a group in a byte, given those of all groups; `stored` channels have an offset.
+__device__ __forceinline__ u8 metadata_of(const u8* scale, const u8* offset, i64 group, int channels, int stored, int channel) {
+  if (BYTES) return channel < channels ? scale[group * channels + channel] : 0;
+  const u32 scale_code = nibble_of(scale + group * ((channels + 1) / 2), channels, channel);
+  return (u8)(scale_code << 4 | nibble_of(offset ? offset + group * ((stored + 1) / 2) : nullptr, stored, channel));
 }
 
 // Where the words of lane `lane` of fragment `step` of `steps` begin, in words: fragments in fours, then two, then one.
@@ -92,9 +104,7 @@ extern "C" __global__ void pack_keys(const u32* codes, const u8* scale, const u8
     const int step = is_four ? word / 16 * 4 + word % 4 : is_two ? whole + at % 2 : KEY_STEPS - 1;
     const int t = is_four ? word / 4 % 4 : is_two ? at / 2 : at - (left >= 2 ? 8 : 0);
     const int channel = 16 * step + 8 * kh + 2 * t + e;
-    const u32 scale_code = nibble_of(scale + group * ((CHANNELS + 1) / 2), CHANNELS, channel);
-    const u32 offset_code = nibble_of(offset ? offset + group * ((stored + 1) / 2) : nullptr, stored, channel);
-    out[CHUNKS * KEY_CODES + i] = (u8)(scale_code << 4 | offset_code);
+    out[CHUNKS * KEY_CODES + i] = metadata_of(scale, offset, group, CHANNELS, stored, channel);
   }
 #else
   u16* const halves = reinterpret_cast<u16*>(out + CHUNKS * KEY_CODES);
@@ -123,7 +133,7 @@ extern "C" __global__ void pack_values(const u32* codes, const u8* scale, const 
   constexpr int WORDS = TILES * VALUE_BITS / 2;
   for (int i = thread; i < CHUNKS * WORDS * 32; i += blockDim.x) {
     const int lane = i % 32, word = i / 32 % WORDS, chunk = i / (32 * WORDS), g = lane >> 2, t = lane & 3;
-    const u32* words = codes + (bh * (entries / 32) + record * CHUNKS + chunk) * (VALUE_BITS * WIDTH);
+    const u32* words = codes + (bh * (entries / 32) + record * CHUNKS + chunk) * VALUE_WORDS;
     u32 packed = 0;
     for (int parity = 0; parity < (VALUE_BITS == 1 ? 2 : 1); parity++) {
       const int tile = VALUE_BITS == 1 ? 2 * word + parity : word;
@@ -141,9 +151,7 @@ extern "C" __global__ void pack_values(const u32* codes, const u8* scale, const 
   for (int i = thread; i < VALUE_METADATA * 2; i += blockDim.x) {
     const int g = i / (2 * TILES), j = i / 4 % (TILES / 2), rr = i >> 1 & 1, parity = i & 1;
     const int channel = 32 * j + 8 * (g >> 1) + 4 * parity + 2 * rr + (g & 1);
-    const i64 from = (bh * (entries / (32 * CHUNKS)) + record) * (WIDTH / 2);
-    const u32 scale_code = nibble_of(scale + from, WIDTH, channel);
-    out[CHUNKS * VALUE_CODES + i] = (u8)(scale_code << 4 | nibble_of(offset ? offset + from : nullptr, WIDTH, channel));
+    out[CHUNKS * VALUE_CODES + i] = metadata_of(scale, offset, bh * (entries / (32 * CHUNKS)) + record, WIDTH, WIDTH, channel);
   }
 #else
   float largest = 0.f;

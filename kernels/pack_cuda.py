@@ -1,4 +1,4 @@
-"""Packed tokens from the portable layout into the records of a `FragmentHistory`, by the kernels of `pack_cuda.cu`."""
+"""Tokens from the portable layout, or as bytes, into the records of a `FragmentHistory`, by the kernels of `pack_cuda.cu`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_keys(
         ctypes.c_int(form.stored_offsets), nvrtc.pointer(starts), nvrtc.pointer(counts), nvrtc.pointer(records),
         ctypes.c_longlong(records.shape[2]), nvrtc.pointer(scale_max),
     )  # fmt: skip
-    _launch(_kernels(form, records.device)[0], form, records, tokens, arguments)
+    _launch(_kernels(form, False, records.device)[0], form, records, tokens, arguments)
 
 
 def write_values(
@@ -46,7 +46,27 @@ def write_values(
         nvrtc.pointer(starts), nvrtc.pointer(run.lengths), nvrtc.pointer(records), ctypes.c_longlong(records.shape[2]),
         nvrtc.pointer(scale_max),
     )  # fmt: skip
-    _launch(_kernels(form, records.device)[1], form, records, entries, arguments)
+    _launch(_kernels(form, False, records.device)[1], form, records, entries, arguments)
+
+
+def write_bytes(
+    form: Form, which: int, codes: torch.Tensor, metadata: torch.Tensor, records: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor
+) -> None:
+    """Write new tokens into records; metadata of 4 bits.
+
+    Args:
+        which: 0: keys, 1: values.
+        codes: uint8 [B, H, T, C], T in whole groups.
+        metadata: uint8 [B, H, T / S, C], scale in the upper half, offset in the lower one.
+        records, starts, counts: as in `write_keys`.
+    """
+    room = codes.shape[2]
+    size = (ctypes.c_longlong(metadata.shape[2]), ctypes.c_int(0)) if which == 0 else (ctypes.c_longlong(room),)
+    arguments = (
+        nvrtc.pointer(codes), nvrtc.pointer(metadata), nvrtc.pointer(None), *size, nvrtc.pointer(starts), nvrtc.pointer(counts),
+        nvrtc.pointer(records), ctypes.c_longlong(records.shape[2]), nvrtc.pointer(None),
+    )  # fmt: skip
+    _launch(_kernels(form, True, records.device)[which], form, records, room, arguments)
 
 
 def _launch(kernel: Any, form: Form, records: torch.Tensor, tokens: int, arguments: tuple) -> None:
@@ -58,8 +78,9 @@ def _launch(kernel: Any, form: Form, records: torch.Tensor, tokens: int, argumen
 
 
 @functools.cache
-def _kernels(form: Form, device: torch.device) -> tuple[Any, Any]:
-    code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), form.constants(), torch.cuda.get_device_capability(device))
+def _kernels(form: Form, has_bytes: bool, device: torch.device) -> tuple[Any, Any]:
+    constants = {**form.constants(), "BYTES": int(has_bytes)}
+    code = nvrtc.compile_kernels(SOURCE.read_text(encoding="utf-8"), constants, torch.cuda.get_device_capability(device))
     with torch.cuda.device(device):
         module = nvrtc.load(code)
         return nvrtc.function(module, "pack_keys"), nvrtc.function(module, "pack_values")

@@ -3,13 +3,14 @@
 import torch
 
 from vidkv_eval.fused import pack_keys, pack_values, read_keys, read_values
+from vidkv_eval.fused_fitted import FittedQuantizer
 from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
 from vidkv_eval.recipe import load_recipe
 from vidkv_kernels.fragment_history import FragmentHistory
 
 RECIPES = [
     "kivi_k2_v2", "kivi_k1_v1", "vidkv_k150_v158_scaled", "vidkv_k150_v158_published", "vidkv_k110_v158_scaled",
-    "vidkv_k150_v158_tokenvalue_scaled", "vidkv_k200_v200", "vidkv_k150_v200_variance_scaled",
+    "vidkv_k150_v158_tokenvalue_scaled", "vidkv_k200_v200", "vidkv_k150_v200_variance_scaled", "ours_k182_v158",
 ]  # fmt: skip
 CUTS = ((0, 576), (576, 608), (608, 864))
 
@@ -22,24 +23,35 @@ def make_states(device, dtype, width, batch=2, heads=3, tokens=CUTS[-1][1]):
     return (keys * (1 + channel % 16) + torch.where(channel % 50 == 7, 40.0, 0.0)).to(dtype), values.to(dtype)
 
 
+def direct_quantizer(recipe, width):
+    return DirectQuantizer.of(recipe, width) or FittedQuantizer.of(recipe, width)
+
+
 def check_reads_back(name, device, dtype, width):
+    check_recipe_reads_back(load_recipe(name), device, dtype, width)
+
+
+def check_recipe_reads_back(recipe, device, dtype, width, cuts=CUTS):
     """Quantize a prompt and later tokens both ways and compare what is held and what is read back, but for ties."""
-    recipe = load_recipe(name)
     keys, values = make_states(device, dtype, width)
-    quantizer = DirectQuantizer.of(recipe, width)
-    found = expected = first = None
-    for start, stop in CUTS:
+    quantizer = direct_quantizer(recipe, width)
+    found = expected = None
+    first = (None, None)
+    for start, stop in cuts:
         new = keys[:, :, start:stop], values[:, :, start:stop]
         found = quantizer.quantize(found, *new)
-        stored = recipe.key.quantize(new[0], like=first), recipe.value.quantize(new[1])
+        stored = recipe.key.quantize(new[0], like=first[0]), recipe.value.quantize(new[1], like=first[1])
         packed = pack_keys(recipe.key, stored[0]), pack_values(recipe.value, stored[1], start)
         if expected is None:
-            first, expected = stored[0], FragmentHistory.from_packed(*packed, capacity=CUTS[-1][1])
+            first, expected = stored, FragmentHistory.from_packed(*packed, capacity=cuts[-1][1])
         else:
             expected.append(*packed)
     raise_faults(found)
     assert found.form == expected.form and torch.equal(found.lengths, expected.lengths)
     assert found.nbytes == expected.nbytes and found.value_nbytes == expected.value_nbytes
+    if expected.units:
+        for left, right in zip(found.units, expected.units, strict=True):
+            torch.testing.assert_close(left, right, rtol=2**-9, atol=0)
     for part in ("order", "matrix"):
         assert (getattr(found, part) is None) == (getattr(expected, part) is None)
         assert getattr(found, part) is None or torch.equal(getattr(found, part), getattr(expected, part))
@@ -49,7 +61,7 @@ def check_reads_back(name, device, dtype, width):
         for metadata in ("scale", "offset"):
             if getattr(right, metadata) is not None:
                 torch.testing.assert_close(getattr(left, metadata), getattr(right, metadata), rtol=2**-10, atol=1e-5)
-    length = CUTS[-1][1]
+    length = cuts[-1][1]
     for left, right in (
         (read_keys(found_keys, length, torch.float32), read_keys(expected_keys, length, torch.float32)),
         (read_values(found_values, length, torch.float32), read_values(expected_values, length, torch.float32)),

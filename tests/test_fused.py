@@ -675,10 +675,10 @@ def test_fragment_history_is_filled_selected_and_read_back_like_the_portable_one
     form = history.form
     records = 2 * HEADS * history.max_length // 32
     residual = 2 * HEADS * 64 * 4 * (600 - history.max_length)
-    # The order of channels; quantizers that are not in kernels need the wide ones besides.
-    indices = {"vidkv": 2 * 64, "ours_": 2 * HEADS * (6 + 64)}.get(name[:5], 0)
-    # Three units of 2 bytes in the quantizer's form and in the kernel's, where channels come in sixteens and imaginary ones beside real.
-    key_units, value_units = (2 * HEADS * 3 * 2 * (64 + 80), 2 * HEADS * 3 * 2 * (64 + 64)) if name == OURS else (0, 0)
+    # The order of channels, for all heads or for each.
+    indices = {"vidkv": 2 * 64, "ours_": 2 * HEADS * 64}.get(name[:5], 0)
+    # Three units of 2 bytes for each channel as stored; those of keys come in sixteens, and wide ones are two.
+    key_units, value_units = (2 * HEADS * 3 * 2 * 80, 2 * HEADS * 3 * 2 * 64) if name == OURS else (0, 0)
     key_bytes = records * form.key_record_bytes + indices + key_units + residual + history.lengths.nbytes + 2 * HEADS * 4
     value_bytes = records * form.value_record_bytes + value_units + residual + 2 * HEADS * 4
     assert packed.footprint() == Footprint(key_bytes, value_bytes, 2 * HEADS * 600 * 64, 2 * HEADS * 600 * 64)

@@ -48,7 +48,7 @@ class NotPackable(ValueError):
 
 
 @dataclass(frozen=True)
-class _Piece:
+class KeyPiece:
     """Key channels that are stored alike.
 
     Attributes:
@@ -91,10 +91,33 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
         NotPackable: the quantizer is none of Affine, Sign, Fitted, Spectral around Sign or Fitted, or SplitChannels of these; has groups
             of channels, or of a size other than 32, 64 or 128; is wide in Affine codes of other than 2 bits; or has float8 metadata.
     """
+    pieces, transformed = key_pieces(quantizer, stored)
+    order = None
+    if isinstance(quantizer, SplitChannels):
+        if stored.channels > MOST_CHANNELS:
+            raise NotPackable(f"keys have {stored.channels} channels; kernels read up to {MOST_CHANNELS} in an order of their own")
+        order = channel_order(stored.static["wide_channels"], stored.channels)
+    segments = segments_of(pieces)
+    return PackedKeys(
+        segments,
+        pieces[0].owner.group_size,
+        pack_key_words(segments, torch.cat([piece.codes for piece in pieces], dim=-1)),
+        **_join([piece.metadata for piece in pieces]),
+        order=order,
+        matrix=query_matrix(stored.channels, transformed, columns_of(pieces), _device(stored)),
+    )
+
+
+def key_pieces(quantizer: Quantizer, stored: QuantizedStates) -> tuple[list[KeyPiece], int]:
+    """Return what stored keys consist of, in the order of kernels, and how many channels, the last ones, are a spectrum.
+
+    Raises:
+        NotPackable: see `pack_keys`.
+    """
     wide, normal, parts = None, quantizer, {"normal": stored}
     if isinstance(quantizer, SplitChannels):
         wide, normal, parts = quantizer.wide, quantizer.normal, stored.parts
-    pieces: list[_Piece] = []
+    pieces: list[KeyPiece] = []
     if "wide" in parts:
         if not (isinstance(wide, Affine) and wide.nbits == 2) and not (isinstance(wide, Fitted) and wide.levels > 2):
             raise NotPackable(f"wide channels are stored by {wide}; kernels read Affine with 2 bits and Fitted with 3, 4 or 16 levels")
@@ -118,20 +141,12 @@ def pack_keys(quantizer: Quantizer, stored: QuantizedStates) -> PackedKeys:
             raise NotPackable(f"keys are stored by {owner}; kernels read groups of one size, 32, 64 or 128 tokens of a channel")
         if owner.metadata != metadata_kind:
             raise NotPackable(f"keys are stored by {owner}; kernels read metadata of one kind, here {metadata_kind}")
-    order = None
-    if isinstance(quantizer, SplitChannels):
-        if stored.channels > MOST_CHANNELS:
-            raise NotPackable(f"keys have {stored.channels} channels; kernels read up to {MOST_CHANNELS} in an order of their own")
-        order = channel_order(stored.static["wide_channels"], stored.channels)
-    segments = _segments(pieces)
-    return PackedKeys(
-        segments,
-        group_size,
-        pack_key_words(segments, torch.cat([piece.codes for piece in pieces], dim=-1)),
-        **_join([piece.metadata for piece in pieces]),
-        order=order,
-        matrix=query_matrix(stored.channels, transformed, tuple((p.first, p.segment.channels) for p in pieces), _device(stored)),
-    )
+    return pieces, transformed
+
+
+def columns_of(pieces: list[KeyPiece]) -> tuple[tuple[int, int], ...]:
+    """Return which channels, in their order, are stored: runs by first one and number."""
+    return tuple((piece.first, piece.segment.channels) for piece in pieces)
 
 
 def pack_values(
@@ -216,15 +231,15 @@ def _pack_run(quantizer: Quantizer, stored: QuantizedStates, tokens: torch.Tenso
     )  # fmt: skip
 
 
-def _pieces(quantizer: Quantizer, stored: QuantizedStates, first: int) -> list[_Piece]:
+def _pieces(quantizer: Quantizer, stored: QuantizedStates, first: int) -> list[KeyPiece]:
     if isinstance(quantizer, Fitted) and quantizer.levels == 16:
         digits = ((4, "mean"), (1, "centred"))
-        return [_Piece(quantizer, stored, first, Segment(stored.channels, 2, kind), place) for place, kind in digits]
+        return [KeyPiece(quantizer, stored, first, Segment(stored.channels, 2, kind), place) for place, kind in digits]
     levels, kind = _form(quantizer)
-    return [_Piece(quantizer, stored, first, Segment(stored.channels, 1 if levels == 2 else 2, kind, levels == 3))]
+    return [KeyPiece(quantizer, stored, first, Segment(stored.channels, 1 if levels == 2 else 2, kind, levels == 3))]
 
 
-def _spectral_pieces(quantizer: Spectral, stored: QuantizedStates, first: int) -> list[_Piece]:
+def _spectral_pieces(quantizer: Spectral, stored: QuantizedStates, first: int) -> list[KeyPiece]:
     pieces = _pieces(quantizer.inner, stored.parts["real"], first)
     if "imaginary" in stored.parts:
         for piece in _pieces(quantizer.inner, stored.parts["imaginary"], first + stored.parts["real"].channels):
@@ -239,7 +254,7 @@ def _rank(segment: Segment) -> tuple[int, bool, bool]:
     return -segment.nbits, segment.offset not in STORED_KINDS, segment.offset in CENTRED_KINDS
 
 
-def _segments(pieces: list[_Piece]) -> tuple[Segment, ...]:
+def segments_of(pieces: list[KeyPiece]) -> tuple[Segment, ...]:
     """Return the segments of pieces that follow each other; those of the same form are one."""
     segments: list[Segment] = []
     for piece in pieces:

@@ -33,7 +33,7 @@ class Spectral(Wrapper):
     inner: Quantizer
 
     def quantize(self, states: torch.Tensor, like: QuantizedStates | None = None) -> QuantizedStates:
-        real, imaginary = _transform(states.float())
+        real, imaginary = spectrum_of(states.float())
         parts = {"real": self.inner.quantize(real, like and like.parts["real"])}
         if imaginary.shape[-1]:
             parts["imaginary"] = self.inner.quantize(imaginary, like and like.parts["imaginary"])
@@ -47,7 +47,7 @@ class Spectral(Wrapper):
         return _inverse_transform(real, imaginary).to(dtype)
 
 
-def _transform(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def spectrum_of(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Transform [..., n] to real parts [..., n // 2 + 1] and imaginary parts [..., (n - 1) // 2]."""
     channels = states.shape[-1]
     spectrum = torch.fft.rfft(states, norm="ortho")

@@ -1,0 +1,53 @@
+"""Codes of states, and metadata in 4 bits, by the rules of `fit`: what is stored of channels whose units are known."""
+
+from __future__ import annotations
+
+import torch
+
+from vidkv_kernels.fit import CENTER_CODE, codes_for, fit, middle_for
+from vidkv_kernels.fit_metadata import calls, check_fit
+from vidkv_kernels.op import Op
+from vidkv_kernels.packed import METADATA_CODES, check_packed
+
+
+def fit_codes_reference(
+    states: torch.Tensor, levels: torch.Tensor, emphasis: float, group_size: int, units: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Code the groups of each channel.
+
+    Args:
+        states, levels, emphasis, group_size: as in `fit_metadata`.
+        units: float16 [B, H, 3, C]: unit of scales and unit of middles, above 0, and center of middles.
+    Returns:
+        Codes 0 .. levels - 1, uint8 [B, H, T, C], and metadata, uint8 [B, H, T / S, C]: the code of the scale in the upper half, that
+        of the middle in the lower one.
+    Raises:
+        ValueError: a tensor of another shape or dtype, or tokens that fill no groups.
+    """
+    check_codes(states, levels, group_size, units)
+    groups, half = states.unflatten(2, (-1, group_size)), (levels.float() - 1) / 2
+    scale, middle, weights = fit(groups, half, emphasis, 3)
+    scale_unit, middle_unit, center = units.float().unsqueeze(2).unsqueeze(2).unbind(4)
+    scale_code = (scale / scale_unit).round().clamp(max=METADATA_CODES - 1)
+    scale = scale_unit * scale_code
+    origin = center - CENTER_CODE * middle_unit
+    middle = middle_for(groups, half, scale, middle, weights, 3)
+    middle_code = ((middle - origin) / middle_unit).round().clamp(0, METADATA_CODES - 1)
+    codes = codes_for(groups, half, scale, origin + middle_unit * middle_code).to(torch.uint8)
+    metadata = (16 * scale_code + middle_code).to(torch.uint8).squeeze(3)
+    return codes.flatten(2, 3).contiguous(), metadata.contiguous()
+
+
+def check_codes(states: torch.Tensor, levels: torch.Tensor, group_size: int, units: torch.Tensor) -> None:
+    """Raise a ValueError unless states can be coded so."""
+    check_fit(states, levels, group_size)
+    batch, heads, _, channels = states.shape
+    check_packed("units", units, (batch, heads, 3, channels), torch.float16, states.device)
+
+
+def cases(device: torch.device) -> dict[str, tuple]:
+    """Return awkward inputs of `fit_codes`; none of their elements lies at the border of two codes."""
+    return {name: call for name, call in calls(device).items() if call[-1] is not None}
+
+
+OP = Op("fit_codes", fit_codes_reference, cases, is_exact=True)

@@ -1,0 +1,253 @@
+"""States quantized straight into the records that attention kernels read, for recipes of fitted levels with metadata of 4 bits.
+
+The same interface and the same promise as `fused_quantize.DirectQuantizer`, for the quantizer `Fitted`: the first tokens of a sequence
+choose its wide channels and the units of its metadata, for which this waits for the device; later tokens do not wait.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vidkv_eval.fused import KeyPiece, NotPackable, channel_order, columns_of, key_pieces, packed_form, query_matrix
+from vidkv_eval.quant.base import Quantizer
+from vidkv_eval.quant.fitted import Fitted
+from vidkv_eval.quant.metadata import MetadataWriter, to_half
+from vidkv_eval.quant.spectral import spectrum_of
+from vidkv_eval.quant.split_channels import SplitChannels
+from vidkv_eval.recipe import Recipe
+from vidkv_kernels.fit_codes import OP as FIT_CODES
+from vidkv_kernels.fit_metadata import OP as FIT_METADATA
+from vidkv_kernels.fragment_history import KEY_STATES, VALUE_STATES, FragmentHistory
+from vidkv_kernels.fragments import STEP, Form, UnsupportedForm, lay_value_units, read_value_units
+from vidkv_kernels.packed import STORED_KINDS
+
+
+@dataclass(frozen=True)
+class _Series:
+    """Channels that one quantizer codes, in the order in which they are fitted.
+
+    Attributes:
+        first, count: which channels.
+        levels: of their codes.
+    """
+
+    first: int
+    count: int
+    levels: int
+
+
+class FittedQuantizer:
+    """Quantizes keys and values of a recipe into a `FragmentHistory`; made by `of`.
+
+    Keys are fitted as [wide channels, others or the spectrum of these], "sources" below. A source of 16 levels is stored as two channels
+    of 4, see `fused.pack_keys`.
+
+    Attributes:
+        form: of the history.
+    """
+
+    def __init__(self, recipe_key: Quantizer, recipe_value: Fitted, form: Form, pieces: list[KeyPiece], transformed: int):
+        self.form = form
+        self._split = recipe_key if isinstance(recipe_key, SplitChannels) else None
+        self._transformed = transformed
+        self._emphasis = recipe_value.emphasis
+        self._columns = columns_of(pieces)
+        runs = {piece.first: _Series(piece.first, piece.segment.channels, piece.owner.levels) for piece in pieces}
+        self._key_series = tuple(runs[first] for first in sorted(runs))
+        self._value_series = (_Series(0, form.width, recipe_value.levels),)
+        # For each stored channel: its source, what its digit counts, and whether it has the offset of the source.
+        self._stored = tuple(
+            (piece.first + channel, max(piece.place, 1), piece.segment.offset in STORED_KINDS)
+            for piece in pieces
+            for channel in range(piece.segment.channels)
+        )
+
+    @classmethod
+    def of(cls, recipe: Recipe, width: int) -> FittedQuantizer | None:
+        """Return the quantizer of a recipe for heads of so many channels, or None if it is not of this kind."""
+        return cls._of(recipe.key, recipe.value, width)
+
+    @classmethod
+    @functools.cache
+    def _of(cls, key: Quantizer, value: Quantizer, width: int) -> FittedQuantizer | None:
+        if not isinstance(value, Fitted):
+            return None
+        try:
+            form = Form.of(*packed_form(key, value, width))
+            pieces, transformed = key_pieces(key, key.quantize(torch.zeros(1, 1, key.block, width)))
+        except (NotPackable, UnsupportedForm):
+            return None
+        owners = [piece.owner for piece in pieces]
+        if form.metadata_bits != 4 or form.granularity != "per_channel" or not all(isinstance(owner, Fitted) for owner in owners):
+            return None
+        if any(owner.emphasis != value.emphasis for owner in owners):
+            return None
+        return cls(key, value, form, pieces, transformed)
+
+    def quantize(
+        self,
+        history: FragmentHistory | None,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        capacity: int = 0,
+        *,
+        counts: Sequence[int] | None = None,
+    ) -> FragmentHistory:
+        """Append tokens; see `DirectQuantizer.quantize` for arguments, result and errors.
+
+        Raises:
+            FloatingPointError, OverflowError: first tokens of a sequence hold NaN or infinity, or need units of metadata beyond float16;
+                arguments as those of `fused_quantize.raise_faults`, which knows of later tokens that are not finite.
+        """
+        batch, _, tokens, _ = keys.shape
+        counts = [tokens] * batch if counts is None else list(counts)
+        if any(count % self.form.group_size for count in counts):
+            raise ValueError(f"{counts} tokens cannot be cut into groups of {self.form.group_size}; give multiples")
+        held = counts if history is None else [old + new for old, new in zip(history.held, counts, strict=True)]
+        if history is None:
+            history = self._make(keys, max(*held, capacity))
+        else:
+            history.reserve(max(*held, capacity))
+        begun: dict[int, list[int]] = {}
+        for row, (before, count) in enumerate(zip(history.held, counts, strict=True)):
+            if count and not before:
+                begun.setdefault(count, []).append(row)
+        for count, rows in begun.items():
+            self._begin(history, rows, keys[rows, :, :count], values[rows, :, :count])
+        numbers = None
+        if set(counts) != {tokens}:
+            numbers = torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
+            is_taken = (torch.arange(tokens, device=keys.device) < numbers[:, None])[:, None, :, None]
+            keys, values = torch.where(is_taken, keys, 0), torch.where(is_taken, values, 0)
+        history.append_codes(self._code_keys(history, keys), self._code_values(history, values), count=numbers, held=held)
+        return history
+
+    def _make(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
+        batch, heads, _, width = keys.shape
+        device = keys.device
+        order = None
+        if self._split:
+            order = torch.zeros(batch, heads if self._split.per_head else 1, width, dtype=torch.uint8, device=device)
+        matrix = query_matrix(width, self._transformed, self._columns, device)
+        # Units of sequences that hold nothing must not be 0, since the kernel divides by them.
+        units = tuple(
+            torch.ones(batch, heads, 3, columns, dtype=torch.float16, device=device)
+            for columns in (STEP * self.form.key_steps, self.form.width)
+        )
+        return FragmentHistory(
+            self.form, batch=batch, heads=heads, capacity=capacity, device=device, order=order, matrix=matrix, units=units
+        )  # fmt: skip
+
+    def _begin(self, history: FragmentHistory, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Choose wide channels and units of sequences over their first tokens."""
+        for name, states in (("key", keys), ("value", values)):
+            if not torch.isfinite(states).all():
+                raise FloatingPointError("they hold NaN or infinity; check the dtypes of the model and of storage", name)
+        if self._split:
+            history.order[rows] = channel_order(self._split.choose(keys), keys.shape[3])
+        own_order = None if history.order is None else history.order[rows]
+        names = ("key", "value")
+        series = (self._key_series, self._value_series)
+        found = []
+        for name, states, runs in zip(names, (self._order(keys, own_order), values.float()), series, strict=True):
+            try:
+                found.append(self._choose_units(states, runs))
+            except OverflowError as error:
+                raise OverflowError(str(error), name) from error
+        table, stored = self._table(keys.device), self.form.stored_offsets
+        units = torch.zeros_like(history.units[0][rows])
+        units[:, :, 0, : self.form.channels] = to_half(found[0][:, :, 0, table.sources].float() * (1 << table.shifts))
+        units[:, :, 1:, :stored] = found[0][:, :, 1:, table.sources[:stored]]
+        history.units[0][rows] = units
+        history.units[1][rows] = lay_value_units(found[1])
+
+    def _choose_units(self, states: torch.Tensor, runs: tuple[_Series, ...]) -> torch.Tensor:
+        """Return the units of sources, float16 [B, H, 3, C]: unit of scales, unit and center of middles."""
+        levels = _levels(runs, states.device)
+        writers = [MetadataWriter("uint4", None) for _ in runs]
+
+        def write(name: str, scale_unit: torch.Tensor | None) -> None:
+            needed = FIT_METADATA(states, levels, self._emphasis, self.form.group_size, scale_unit)
+            for writer, run in zip(writers, runs, strict=True):
+                writer(name, needed[..., run.first : run.first + run.count])
+
+        def joined(name: str) -> torch.Tensor:
+            return torch.cat([writer.static[name] for writer in writers], dim=-1)
+
+        write("scale", None)
+        scale_unit = joined("scale_step")
+        write("middle", scale_unit)
+        return torch.stack([scale_unit, joined("middle_step"), joined("middle_centre")], dim=2)
+
+    def _code_keys(self, history: FragmentHistory, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        table = self._table(keys.device)
+        units = history.units[0][:, :, table.unit_rows, table.unit_columns]
+        states = self._order(keys, history.order)
+        codes, metadata = FIT_CODES(states, _levels(self._key_series, keys.device), self._emphasis, self.form.group_size, units)
+        _note_faults(history, keys, KEY_STATES)
+        digits = codes[..., table.sources] >> table.shifts & 3
+        return digits, metadata[..., table.sources] & table.masks
+
+    def _code_values(self, history: FragmentHistory, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        units, levels = read_value_units(history.units[1]).contiguous(), _levels(self._value_series, values.device)
+        _note_faults(history, values, VALUE_STATES)
+        return FIT_CODES(values.float(), levels, self._emphasis, self.form.group_size, units)
+
+    def _order(self, keys: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+        """Return the sources of keys, float32 [B, H, T, D]."""
+        states = keys.float()
+        if order is not None:
+            states = states.gather(-1, order.long().unsqueeze(2).expand(states.shape))
+        first = keys.shape[3] - self._transformed
+        if not self._transformed:
+            return states.contiguous()
+        return torch.cat([states[..., :first], *spectrum_of(states[..., first:])], dim=-1)
+
+    def _table(self, device: torch.device) -> _Table:
+        return _table(self._stored, self.form.width, device)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Between sources and stored channels of keys, on a device.
+
+    Attributes:
+        sources: of each stored channel.
+        shifts: of each stored channel, by how many bits its digit is shifted in the code of the source.
+        masks: of each stored channel, which bits of the source's metadata it has.
+        unit_rows, unit_columns: [3, D], where the units of each source are.
+    """
+
+    sources: torch.Tensor
+    shifts: torch.Tensor
+    masks: torch.Tensor
+    unit_rows: torch.Tensor
+    unit_columns: torch.Tensor
+
+
+@functools.cache
+def _table(stored: tuple[tuple[int, int, bool], ...], width: int, device: torch.device) -> _Table:
+    rows, columns = torch.arange(3)[:, None].expand(3, width), torch.zeros(3, width, dtype=torch.long)
+    for channel, (source, place, has_offset) in enumerate(stored):
+        if place == 1:
+            columns[0, source] = channel
+        if has_offset:
+            columns[1:, source] = channel
+    sources = torch.tensor([source for source, _, _ in stored])
+    shifts = torch.tensor([place.bit_length() - 1 for _, place, _ in stored], dtype=torch.uint8)
+    masks = torch.tensor([0xFF if has_offset else 0xF0 for _, _, has_offset in stored], dtype=torch.uint8)
+    return _Table(*(part.to(device) for part in (sources, shifts, masks, rows, columns)))
+
+
+@functools.cache
+def _levels(runs: tuple[_Series, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([run.levels for run in runs for _ in range(run.count)], dtype=torch.int32, device=device)
+
+
+def _note_faults(history: FragmentHistory, states: torch.Tensor, bit: int) -> None:
+    """Remember, without waiting, if states are not finite."""
+    history.faults |= bit * (~states.isfinite()).any()
