@@ -62,7 +62,7 @@ FULL = {
 }
 MAIN = ("kivi_k2_v2", "vidkv_k150_v158_scaled")
 RECIPES = (*MAIN, "vidkv_k150_v158_published", "vidkv_k150_v166_scaled", "ours_k182_v158")
-SHAPES = tuple((1, tokens << 10) for tokens in (2, 8, 32, 128)) + ((8, 8192), (8, 32768), (28, 32768))
+SHAPES = tuple((1, tokens << 10) for tokens in (2, 4, 8, 32, 128)) + ((8, 8192), (8, 32768), (28, 32768))
 EAGER_SHAPES = ((1, 8192), (8, 32768))
 ROUNDS = {"graph": 3, "eager": 1}
 ALL_RECIPES_AT = (8, 32768)

@@ -3,9 +3,9 @@
 Attention of one new token in the shape of Qwen2.5-7B (28 query heads, 4 key/value heads, 128 channels, float16): packed caches,
 their residual and the map of the query included, beside full precision over the same number of tokens. What is packed is what the
 quantizers of a recipe make of random normal states. Quantizing: keys and values of a prompt of 8,192 tokens in 28 layers, beside the
-prefill of as many tokens. Attention and the operations of quantizing are timed as CUDA graphs over so many layers that no buffer stays
-in the L2 cache, under steady load; cache and prefill in eager mode, as they run. Results are held to the bound of the tests before
-anything is timed.
+prefill of as many tokens, and prefill with a cache that does so; and of a full residual. Attention and the operations of quantizing
+are timed as CUDA graphs over so many layers that no buffer stays in the L2 cache, under steady load; cache and prefill in eager mode,
+as they run. Results are held to the bound of the tests before anything is timed.
 
 `--plot-only` draws kernels.png from the kernels.csv in the folder, on any machine.
 """
@@ -30,6 +30,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values
+from vidkv_eval.fused_fitted import FittedQuantizer
+from vidkv_eval.fused_quantize import DirectQuantizer
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe, load_recipe
 from vidkv_kernels import attend, attend_cuda, choose_channels, quantize_keys, quantize_values
@@ -41,13 +43,14 @@ from vidkv_kernels.span import Span
 QUERY_HEADS, HEADS, WIDTH, LAYERS, RESIDUAL = 28, 4, 128, 28, 128
 SCALING = WIDTH**-0.5
 SHAPES = tuple((1, 1 << power) for power in (7, 8, 9, 10, 11, 12, 13, 14, 15, 17)) + ((8, 8192), (8, 32768), (32, 8192), (32, 32768))
-PROMPT_TOKENS = 8192
+PROMPT_TOKENS, FLUSH = 8192, (8, 128)
 MAIN = ("vidkv_k150_v158_scaled", "vidkv_k150_v158_published")
 ALL_RECIPES_AT = (8, 32768)
 RECIPES = (
     *MAIN, "vidkv_k150_v200_scaled", "vidkv_k110_v158_scaled", "vidkv_k175_v158_scaled", "vidkv_k150_v158_tokenvalue_scaled",
     "vidkv_k150_v166_scaled", "vidkv_k200_v200", "vidkv_k100_v100_scaled", "kivi_k2_v2", "kivi_k1_v1", "ours_k182_v158",
 )  # fmt: skip
+OTHERS_QUANTIZED = ("kivi_k2_v2", "ours_k182_v158")
 CUDA, TRITON, DEQUANTIZE = "CUDA, fragments", "Triton, portable", "dequantize, then SDPA"
 WRONG = "attend errs by "
 ROTATED_BYTES = 256 << 20  # several times the L2 cache
@@ -289,7 +292,7 @@ def copy_of(layer: PackedLayer) -> PackedLayer:
 
 
 def time_quantizing(recipe: Recipe) -> Iterator[dict]:
-    """Time quantizing a prompt by what the cache does and by operations, and the prefill of a text decoder of 7B over it."""
+    """Time quantizing a prompt and a residual by what the cache does and by operations, and the prefill of a text decoder of 7B."""
     # Here, since neither attention nor a plot needs a model.
     from bench_decode import make_model
 
@@ -300,10 +303,10 @@ def time_quantizing(recipe: Recipe) -> Iterator[dict]:
     ids = torch.randint(0, 1000, (1, PROMPT_TOKENS), device="cuda")
     prefill = time_eagerly(lambda: model(input_ids=ids, logits_to_keep=1))
 
-    def row(operation: str, provider: str, microseconds: tuple[float, float, float], stored: int | str = "") -> dict:
+    def row(operation: str, provider: str, microseconds: tuple[float, float, float], name: str = "", stored: int | str = "") -> dict:
         median, p20, p80 = (f"{number:.1f}" for number in microseconds)
         return {
-            "operation": operation, "provider": provider, "recipe": recipe.name if stored else "", "batch": 1, "tokens": PROMPT_TOKENS,
+            "operation": operation, "provider": provider, "recipe": name, "batch": 1, "tokens": PROMPT_TOKENS,
             "microseconds": median, "p20": p20, "p80": p80, "stored_bytes": stored,
             "percent_of_prefill": f"{100 * microseconds[0] / prefill[0]:.2f}",
         }  # fmt: skip
@@ -311,17 +314,38 @@ def time_quantizing(recipe: Recipe) -> Iterator[dict]:
     yield row("prefill of 28 layers", "7B decoder, bfloat16, eager", prefill)
     states = [torch.randn(2, 1, PROMPT_TOKENS, HEADS, WIDTH, device="cuda").bfloat16().transpose(2, 3) for _ in range(LAYERS)]
     use_attention(model, "fused")
+    for own in (recipe, *map(load_recipe, OTHERS_QUANTIZED)):
 
-    def fill() -> QuantizedCache:
-        cache = QuantizedCache.for_model(model, recipe)
-        for index, pair in enumerate(states):
-            cache.update(*pair, index)
-        return cache
+        def fill(own: Recipe = own) -> QuantizedCache:
+            cache = QuantizedCache.for_model(model, own)
+            for index, pair in enumerate(states):
+                cache.update(*pair, index)
+            return cache
 
-    footprint = fill().footprint()
-    yield row("quantize 28 layers: all", "cache, eager", time_eagerly(fill), footprint.key_bytes + footprint.value_bytes)
+        def prefill_cache(own: Recipe = own) -> QuantizedCache:
+            return model(input_ids=ids, logits_to_keep=1, past_key_values=QuantizedCache.for_model(model, own)).past_key_values
+
+        footprint = fill().footprint()
+        yield row("quantize 28 layers: all", "cache, eager", time_eagerly(fill), own.name, footprint.key_bytes + footprint.value_bytes)
+        yield row("prefill of 28 layers into the cache", "7B decoder, bfloat16, eager", time_eagerly(prefill_cache), own.name)
+        batch, tokens = FLUSH
+        flushed = row(f"quantize a residual of {tokens} tokens, 28 layers", "cache, eager", time_flush(own, batch, tokens), own.name)
+        yield flushed | {"batch": batch, "tokens": tokens, "percent_of_prefill": ""}
     for name, provider, stored, calls in quantizing_operations(states, recipe):
-        yield row(f"quantize 28 layers: {name}", provider, tuple(LAYERS * number for number in time_calls(calls)), stored)
+        yield row(f"quantize 28 layers: {name}", provider, tuple(LAYERS * number for number in time_calls(calls)), recipe.name, stored)
+
+
+def time_flush(recipe: Recipe, batch: int, tokens: int) -> tuple[float, float, float]:
+    """Time what each layer does when its residual is full."""
+    states = torch.randn(2, batch, HEADS, tokens, WIDTH, device="cuda").bfloat16()
+    quantizer = DirectQuantizer.of(recipe, WIDTH) or FittedQuantizer.of(recipe, WIDTH)
+    histories = [quantizer.quantize(None, *states, capacity=16 * tokens) for _ in range(LAYERS)]
+
+    def flush() -> None:
+        for history in histories:
+            quantizer.quantize(history, *states)
+
+    return time_eagerly(flush)
 
 
 def quantizing_operations(states: list[torch.Tensor], recipe: Recipe) -> Iterator[tuple[str, str, int, list[Callable[[], object]]]]:

@@ -1,7 +1,7 @@
 """States quantized straight into the records that attention kernels read, for recipes of fitted levels with metadata of 4 bits.
 
-The same interface and the same promise as `fused_quantize.DirectQuantizer`, for the quantizer `Fitted`: the first tokens of a sequence
-choose its wide channels and the units of its metadata, for which this waits for the device; later tokens do not wait.
+The same interface and the same promise as `fused_quantize.DirectQuantizer`, for the quantizer `Fitted`. The first tokens of a sequence
+choose its wide channels and the units of its metadata.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from vidkv_eval.fused import KeyPiece, NotPackable, channel_order, columns_of, key_pieces, packed_form, query_matrix
 from vidkv_eval.quant.base import Quantizer
 from vidkv_eval.quant.fitted import Fitted
-from vidkv_eval.quant.metadata import MetadataWriter, to_half
+from vidkv_eval.quant.metadata import choose_units
 from vidkv_eval.quant.spectral import spectrum_of
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.recipe import Recipe
 from vidkv_kernels.fit_codes import OP as FIT_CODES
 from vidkv_kernels.fit_metadata import OP as FIT_METADATA
-from vidkv_kernels.fragment_history import KEY_STATES, VALUE_STATES, FragmentHistory
+from vidkv_kernels.fragment_history import KEY_METADATA, KEY_STATES, VALUE_METADATA, VALUE_STATES, FragmentHistory
 from vidkv_kernels.fragments import STEP, Form, UnsupportedForm, lay_value_units, read_value_units
 from vidkv_kernels.packed import STORED_KINDS
 
@@ -97,12 +97,7 @@ class FittedQuantizer:
         *,
         counts: Sequence[int] | None = None,
     ) -> FragmentHistory:
-        """Append tokens; see `DirectQuantizer.quantize` for arguments, result and errors.
-
-        Raises:
-            FloatingPointError, OverflowError: first tokens of a sequence hold NaN or infinity, or need units of metadata beyond float16;
-                arguments as those of `fused_quantize.raise_faults`, which knows of later tokens that are not finite.
-        """
+        """Append tokens; see `DirectQuantizer.quantize` for arguments, result and errors."""
         batch, _, tokens, _ = keys.shape
         counts = [tokens] * batch if counts is None else list(counts)
         if any(count % self.form.group_size for count in counts):
@@ -112,18 +107,26 @@ class FittedQuantizer:
             history = self._make(keys, max(*held, capacity))
         else:
             history.reserve(max(*held, capacity))
-        begun: dict[int, list[int]] = {}
-        for row, (before, count) in enumerate(zip(history.held, counts, strict=True)):
-            if count and not before:
-                begun.setdefault(count, []).append(row)
-        for count, rows in begun.items():
-            self._begin(history, rows, keys[rows, :, :count], values[rows, :, :count])
         numbers = None
         if set(counts) != {tokens}:
             numbers = torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
             is_taken = (torch.arange(tokens, device=keys.device) < numbers[:, None])[:, None, :, None]
             keys, values = torch.where(is_taken, keys, 0), torch.where(is_taken, values, 0)
-        history.append_codes(self._code_keys(history, keys), self._code_values(history, values), count=numbers, held=held)
+        for bit, states in ((KEY_STATES, keys), (VALUE_STATES, values)):
+            history.faults |= bit * (~states.isfinite()).any()
+        begun: dict[int, list[int]] = {}
+        for row, (before, count) in enumerate(zip(history.held, counts, strict=True)):
+            if count and not before:
+                begun.setdefault(count, []).append(row)
+        # All at once, as a rule, which is faster.
+        starts = [(slice(None) if len(rows) == batch else rows, count) for count, rows in begun.items()]
+        if self._split:
+            for rows, count in starts:
+                history.order[rows] = channel_order(self._split.choose(keys[rows][:, :, :count]), keys.shape[3])
+        sources, values = self._order(keys, history.order), values.float()
+        for rows, count in starts:
+            self._begin(history, rows, sources[rows][:, :, :count], values[rows][:, :, :count])
+        history.append_codes(self._code_keys(history, sources), self._code_values(history, values), count=numbers, held=held)
         return history
 
     def _make(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
@@ -142,60 +145,35 @@ class FittedQuantizer:
             self.form, batch=batch, heads=heads, capacity=capacity, device=device, order=order, matrix=matrix, units=units
         )  # fmt: skip
 
-    def _begin(self, history: FragmentHistory, rows: list[int], keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Choose wide channels and units of sequences over their first tokens."""
-        for name, states in (("key", keys), ("value", values)):
-            if not torch.isfinite(states).all():
-                raise FloatingPointError("they hold NaN or infinity; check the dtypes of the model and of storage", name)
-        if self._split:
-            history.order[rows] = channel_order(self._split.choose(keys), keys.shape[3])
-        own_order = None if history.order is None else history.order[rows]
-        names = ("key", "value")
-        series = (self._key_series, self._value_series)
-        found = []
-        for name, states, runs in zip(names, (self._order(keys, own_order), values.float()), series, strict=True):
-            try:
-                found.append(self._choose_units(states, runs))
-            except OverflowError as error:
-                raise OverflowError(str(error), name) from error
-        table, stored = self._table(keys.device), self.form.stored_offsets
+    def _begin(self, history: FragmentHistory, rows: slice | list[int], sources: torch.Tensor, values: torch.Tensor) -> None:
+        """Choose units of sequences over their first tokens."""
+        key_units, value_units = self._choose_units(sources, self._key_series), self._choose_units(values, self._value_series)
+        table, stored = _table(self._stored, self.form.width, sources.device), self.form.stored_offsets
         units = torch.zeros_like(history.units[0][rows])
-        units[:, :, 0, : self.form.channels] = to_half(found[0][:, :, 0, table.sources].float() * (1 << table.shifts))
-        units[:, :, 1:, :stored] = found[0][:, :, 1:, table.sources[:stored]]
+        units[:, :, 0, : self.form.channels] = (key_units[:, :, 0, table.sources].float() * (1 << table.shifts)).half()
+        units[:, :, 1:, :stored] = key_units[:, :, 1:, table.sources[:stored]]
         history.units[0][rows] = units
-        history.units[1][rows] = lay_value_units(found[1])
+        history.units[1][rows] = lay_value_units(value_units)
+        for bit, chosen in ((KEY_METADATA, units), (VALUE_METADATA, value_units)):
+            history.faults |= bit * chosen.isinf().any()
 
-    def _choose_units(self, states: torch.Tensor, runs: tuple[_Series, ...]) -> torch.Tensor:
-        """Return the units of sources, float16 [B, H, 3, C]: unit of scales, unit and center of middles."""
-        levels = _levels(runs, states.device)
-        writers = [MetadataWriter("uint4", None) for _ in runs]
+    def _choose_units(self, states: torch.Tensor, series: tuple[_Series, ...]) -> torch.Tensor:
+        """Return the units of channels, float16 [B, H, 3, C]: unit of scales, unit and center of middles; infinite where beyond that."""
+        levels, runs, size = _levels(series, states.device), [run.count for run in series], self.form.group_size
+        step, _ = choose_units("scale", FIT_METADATA(states, levels, self._emphasis, size, None), runs)
+        scale_unit = _positive(step.half())
+        step, center = choose_units("middle", FIT_METADATA(states, levels, self._emphasis, size, scale_unit), runs)
+        return torch.stack([scale_unit, _positive(step.half()), center.half()], dim=2)
 
-        def write(name: str, scale_unit: torch.Tensor | None) -> None:
-            needed = FIT_METADATA(states, levels, self._emphasis, self.form.group_size, scale_unit)
-            for writer, run in zip(writers, runs, strict=True):
-                writer(name, needed[..., run.first : run.first + run.count])
-
-        def joined(name: str) -> torch.Tensor:
-            return torch.cat([writer.static[name] for writer in writers], dim=-1)
-
-        write("scale", None)
-        scale_unit = joined("scale_step")
-        write("middle", scale_unit)
-        return torch.stack([scale_unit, joined("middle_step"), joined("middle_centre")], dim=2)
-
-    def _code_keys(self, history: FragmentHistory, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        table = self._table(keys.device)
+    def _code_keys(self, history: FragmentHistory, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        table = _table(self._stored, self.form.width, sources.device)
         units = history.units[0][:, :, table.unit_rows, table.unit_columns]
-        states = self._order(keys, history.order)
-        codes, metadata = FIT_CODES(states, _levels(self._key_series, keys.device), self._emphasis, self.form.group_size, units)
-        _note_faults(history, keys, KEY_STATES)
-        digits = codes[..., table.sources] >> table.shifts & 3
-        return digits, metadata[..., table.sources] & table.masks
+        codes, metadata = FIT_CODES(sources, _levels(self._key_series, sources.device), self._emphasis, self.form.group_size, units)
+        return codes[..., table.sources] >> table.shifts & 3, metadata[..., table.sources] & table.masks
 
     def _code_values(self, history: FragmentHistory, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         units, levels = read_value_units(history.units[1]).contiguous(), _levels(self._value_series, values.device)
-        _note_faults(history, values, VALUE_STATES)
-        return FIT_CODES(values.float(), levels, self._emphasis, self.form.group_size, units)
+        return FIT_CODES(values, levels, self._emphasis, self.form.group_size, units)
 
     def _order(self, keys: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """Return the sources of keys, float32 [B, H, T, D]."""
@@ -206,9 +184,6 @@ class FittedQuantizer:
         if not self._transformed:
             return states.contiguous()
         return torch.cat([states[..., :first], *spectrum_of(states[..., first:])], dim=-1)
-
-    def _table(self, device: torch.device) -> _Table:
-        return _table(self._stored, self.form.width, device)
 
 
 @dataclass(frozen=True)
@@ -248,6 +223,6 @@ def _levels(runs: tuple[_Series, ...], device: torch.device) -> torch.Tensor:
     return torch.tensor([run.levels for run in runs for _ in range(run.count)], dtype=torch.int32, device=device)
 
 
-def _note_faults(history: FragmentHistory, states: torch.Tensor, bit: int) -> None:
-    """Remember, without waiting, if states are not finite."""
-    history.faults |= bit * (~states.isfinite()).any()
+def _positive(units: torch.Tensor) -> torch.Tensor:
+    """A unit is never 0, since numbers are counted in it."""
+    return torch.where(units > 0, units, 1)

@@ -10,7 +10,7 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -80,14 +80,27 @@ class MetadataWriter:
 
     def _to_uint4(self, name: str, values: torch.Tensor) -> torch.Tensor:
         if self._is_first:
-            low, high = values.aminmax(dim=2)
-            step = high / (CODES - 1) if name == "scale" else (high - low) / (2 * CENTRE_CODE)
-            step = to_half(torch.maximum(step, FINEST * step.amax(dim=-1, keepdim=True)))
+            step, centre = choose_units(name, values)
+            step = to_half(step)
             self.static[f"{name}_step"] = torch.where(step > 0, step, 1)
-            if name != "scale":
-                self.static[f"{name}_centre"] = to_half((low + high) / 2)
+            if centre is not None:
+                self.static[f"{name}_centre"] = to_half(centre)
         origin, step = _origin_and_step(name, self.static)
         return pack(((values - origin) / step).round_().clamp_(0, CODES - 1).to(torch.uint8), CODES)
+
+
+def choose_units(name: str, values: torch.Tensor, runs: Sequence[int] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return step and centre that uint4 metadata of these values needs, float32 [B, H, M]; scales have no centre.
+
+    Args:
+        values: [B, H, G, M], of the first tokens.
+        runs: numbers of channels of quantizers whose values lie side by side; None: all are of one.
+    """
+    low, high = values.aminmax(dim=2)
+    step = high / (CODES - 1) if name == "scale" else (high - low) / (2 * CENTRE_CODE)
+    parts = step.split(list(runs or step.shape[-1:]), dim=-1)
+    coarsest = torch.cat([part.amax(dim=-1, keepdim=True).expand_as(part) for part in parts], dim=-1)
+    return torch.maximum(step, FINEST * coarsest), None if name == "scale" else (low + high) / 2
 
 
 def read_metadata(quantized: QuantizedStates, dtype: Metadata) -> dict[str, torch.Tensor]:
