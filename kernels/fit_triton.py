@@ -9,6 +9,7 @@ import triton.language as tl
 from vidkv_kernels.fit import CENTER_CODE, ROUNDS, SMALLEST_WEIGHT
 
 COLUMNS = 32
+WARPS = {32: 4, 64: 4, 128: 8}  # by the tokens of a group
 _ROUNDS, _SMALLEST, _CENTER = tl.constexpr(ROUNDS), tl.constexpr(SMALLEST_WEIGHT), tl.constexpr(CENTER_CODE)
 # What to stop at.
 SCALE, MIDDLE, CODES = range(3)
@@ -30,7 +31,7 @@ def _nearest(groups, middle, scale, half):
 
 @triton.jit
 def fit_columns(
-    states, levels, scale_units, middle_units, centers, metadata, codes, emphasis, tokens, channels, heads,
+    states, levels, scale_units, middle_units, centers, metadata, codes, faults, fault, emphasis, tokens, channels, heads,
     states_batch, states_head, states_token, unit_batch, unit_head,
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, EMPHASIS: tl.constexpr, STAGE: tl.constexpr,
 ):  # fmt: skip
@@ -87,26 +88,30 @@ def fit_columns(
             found = (_nearest(x, origin + unit * middle_code, scale, half) + half).to(tl.uint8)
             code_place = (bh * tokens + token)[:, None] * channels + channel[None, :]
             tl.store(codes + code_place, found, mask=is_held[None, :])
+            # Neither infinity nor NaN is less than infinity.
+            is_bad = tl.sum((~(tl.abs(x) < float("inf"))).to(tl.int32)) > 0
+            tl.atomic_or(faults, fault, mask=is_bad)
 
 
 def launch(
     states: torch.Tensor, levels: torch.Tensor, emphasis: float, group_size: int, units: tuple[torch.Tensor, ...],
-    metadata: torch.Tensor, codes: torch.Tensor, stage: int,
+    metadata: torch.Tensor, codes: torch.Tensor, stage: int, faults: torch.Tensor | None = None, bit: int = 0,
 ) -> None:  # fmt: skip
     """Fit the groups of states up to a stage.
 
     Args:
         units: float16 [B, H, C] of equal strides, the last one 1: unit of scales, of middles, and center; as many as are known.
         metadata, codes: results, contiguous; codes are written at the last stage only.
+        faults, bit: as in `fit_codes`, at the last stage only.
     """
     batch, heads, tokens, channels = states.shape
     if not states.numel():
         return
-    known = (*units, *(levels,) * (3 - len(units)))  # the others are not read
+    known = (*units, *(levels,) * (3 - len(units)))  # what is not read may be anything
     strides = units[0].stride()[:2] if units else (0, 0)
     grid = (tokens // group_size, triton.cdiv(channels, COLUMNS), batch * heads)
     fit_columns[grid](
-        states, levels, *known, metadata, codes, float(emphasis), tokens, channels, heads, *states.stride()[:3], *strides,
-        SIZE=group_size, COLUMNS=COLUMNS, EMPHASIS=int(emphasis) if emphasis in (0, 1) else 2, STAGE=stage,
-        num_warps=max(4, group_size // 16),
+        states, levels, *known, metadata, codes, levels if faults is None else faults, bit, float(emphasis), tokens, channels, heads,
+        *states.stride()[:3], *strides,
+        SIZE=group_size, COLUMNS=COLUMNS, EMPHASIS=int(emphasis) if emphasis in (0, 1) else 2, STAGE=stage, num_warps=WARPS[group_size],
     )  # fmt: skip

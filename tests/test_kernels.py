@@ -11,6 +11,7 @@ from kernel_checks import check_agreement, check_error, tensors
 from vidkv_kernels.append import append_residual
 from vidkv_kernels.attend import OP as ATTEND
 from vidkv_kernels.attend import attend_reference
+from vidkv_kernels.fit_codes import OP as FIT_CODES
 from vidkv_kernels.ops import OPS
 from vidkv_kernels.packed import FullPrecision, PackedLayer, Segment
 from vidkv_kernels.quantize_keys import OP as QUANTIZE_KEYS
@@ -142,3 +143,13 @@ def test_nothing_but_the_span_is_written():
     assert torch.isnan(values.scale[1]).all() and (values.codes[1] == -1).all()
     assert torch.isnan(values.scale[0, :, 3:]).all() and torch.isfinite(values.scale[0, :, :3]).all()
     assert all(tensor.shape[0] == 3 for tensor in tensors(values))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_fitting_says_if_a_state_is_not_finite(value):
+    states, *others, faults, bit = FIT_CODES.cases(CPU)["all numbers of levels, channels not a power of two"]
+    states[1, 2, 95, 95] = value
+    for fit_codes in (FIT_CODES.reference, FIT_CODES.triton):
+        found = faults.clone()
+        fit_codes(states, *others, found, bit)
+        assert found.tolist() == [8 if value == 3e38 else 12]

@@ -112,8 +112,6 @@ class FittedQuantizer:
             numbers = torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
             is_taken = (torch.arange(tokens, device=keys.device) < numbers[:, None])[:, None, :, None]
             keys, values = torch.where(is_taken, keys, 0), torch.where(is_taken, values, 0)
-        for bit, states in ((KEY_STATES, keys), (VALUE_STATES, values)):
-            history.faults |= bit * (~states.isfinite()).any()
         begun: dict[int, list[int]] = {}
         for row, (before, count) in enumerate(zip(history.held, counts, strict=True)):
             if count and not before:
@@ -168,12 +166,17 @@ class FittedQuantizer:
     def _code_keys(self, history: FragmentHistory, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         table = _table(self._stored, self.form.width, sources.device)
         units = history.units[0][:, :, table.unit_rows, table.unit_columns]
-        codes, metadata = FIT_CODES(sources, _levels(self._key_series, sources.device), self._emphasis, self.form.group_size, units)
+        codes, metadata = self._code(history, sources, self._key_series, units, KEY_STATES)
         return codes[..., table.sources] >> table.shifts & 3, metadata[..., table.sources] & table.masks
 
     def _code_values(self, history: FragmentHistory, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        units, levels = read_value_units(history.units[1]).contiguous(), _levels(self._value_series, values.device)
-        return FIT_CODES(values, levels, self._emphasis, self.form.group_size, units)
+        return self._code(history, values, self._value_series, read_value_units(history.units[1]).contiguous(), VALUE_STATES)
+
+    def _code(
+        self, history: FragmentHistory, states: torch.Tensor, series: tuple[_Series, ...], units: torch.Tensor, bit: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        levels = _levels(series, states.device)
+        return FIT_CODES(states, levels, self._emphasis, self.form.group_size, units, history.faults, bit)[:2]
 
     def _order(self, keys: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
         """Return the sources of keys, float32 [B, H, T, D]."""
