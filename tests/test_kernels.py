@@ -145,6 +145,7 @@ def test_nothing_but_the_span_is_written():
     assert all(tensor.shape[0] == 3 for tensor in tensors(values))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, with which Triton interprets
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
 def test_fitting_says_if_a_state_is_not_finite(value):
     states, *others, faults, bit = FIT_CODES.cases(CPU)["all numbers of levels, channels not a power of two"]
