@@ -30,8 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values
-from vidkv_eval.fused_fitted import FittedQuantizer
-from vidkv_eval.fused_quantize import DirectQuantizer
+from vidkv_eval.fused_fitted import record_quantizer
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.recipe import Recipe, load_recipe
 from vidkv_kernels import attend, attend_cuda, choose_channels, quantize_keys, quantize_values
@@ -338,7 +337,7 @@ def time_quantizing(recipe: Recipe) -> Iterator[dict]:
 def time_flush(recipe: Recipe, batch: int, tokens: int) -> tuple[float, float, float]:
     """Time what each layer does when its residual is full."""
     states = torch.randn(2, batch, HEADS, tokens, WIDTH, device="cuda").bfloat16()
-    quantizer = DirectQuantizer.of(recipe, WIDTH) or FittedQuantizer.of(recipe, WIDTH)
+    quantizer = record_quantizer(recipe, WIDTH)
     histories = [quantizer.quantize(None, *states, capacity=16 * tokens) for _ in range(LAYERS)]
 
     def flush() -> None:

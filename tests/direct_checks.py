@@ -3,8 +3,8 @@
 import torch
 
 from vidkv_eval.fused import pack_keys, pack_values, read_keys, read_values
-from vidkv_eval.fused_fitted import FittedQuantizer
-from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
+from vidkv_eval.fused_fitted import record_quantizer
+from vidkv_eval.fused_quantize import raise_faults
 from vidkv_eval.recipe import load_recipe
 from vidkv_kernels.fragment_history import FragmentHistory
 
@@ -23,10 +23,6 @@ def make_states(device, dtype, width, batch=2, heads=3, tokens=CUTS[-1][1]):
     return (keys * (1 + channel % 16) + torch.where(channel % 50 == 7, 40.0, 0.0)).to(dtype), values.to(dtype)
 
 
-def direct_quantizer(recipe, width):
-    return DirectQuantizer.of(recipe, width) or FittedQuantizer.of(recipe, width)
-
-
 def check_reads_back(name, device, dtype, width):
     check_recipe_reads_back(load_recipe(name), device, dtype, width)
 
@@ -34,7 +30,7 @@ def check_reads_back(name, device, dtype, width):
 def check_recipe_reads_back(recipe, device, dtype, width, cuts=CUTS):
     """Quantize a prompt and later tokens both ways and compare what is held and what is read back, but for ties."""
     keys, values = make_states(device, dtype, width)
-    quantizer = direct_quantizer(recipe, width)
+    quantizer = record_quantizer(recipe, width)
     found = expected = None
     first = (None, None)
     for start, stop in cuts:

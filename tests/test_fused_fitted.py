@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from direct_checks import check_recipe_reads_back, direct_quantizer, make_states
+from direct_checks import check_recipe_reads_back, make_states
 
-from vidkv_eval.fused_fitted import FittedQuantizer
+from vidkv_eval.fused_fitted import FittedQuantizer, record_quantizer
 from vidkv_eval.fused_quantize import raise_faults
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.fitted import Fitted
@@ -64,7 +64,7 @@ def test_other_recipes_are_not_covered(recipe):
 
 
 def test_sequences_may_begin_at_different_times_and_bring_different_numbers_of_tokens():
-    quantizer = direct_quantizer(load_recipe(OURS), 64)
+    quantizer = record_quantizer(load_recipe(OURS), 64)
     keys, values = make_states(CPU, torch.float16, 64, batch=3, tokens=256)
     together = quantizer.quantize(None, keys[:, :, :96], values[:, :, :96], counts=[96, 0, 32])
     # What lies beyond the counts is not looked at.
@@ -88,7 +88,7 @@ def test_sequences_may_begin_at_different_times_and_bring_different_numbers_of_t
 @pytest.mark.parametrize("side", ["key", "value"])
 def test_what_cannot_be_stored_is_said_when_asked_for(side):
     states = dict(zip(("key", "value"), make_states(CPU, torch.float32, 64, tokens=96), strict=True))
-    quantizer = direct_quantizer(load_recipe(OURS), 64)
+    quantizer = record_quantizer(load_recipe(OURS), 64)
     for value, error, message in (
         (float("inf"), FloatingPointError, "they hold NaN or infinity"),
         (1e30, OverflowError, "metadata beyond 65504"),
@@ -110,7 +110,7 @@ def test_what_cannot_be_stored_is_said_when_asked_for(side):
 
 
 def test_codes_are_appended_to_histories_with_metadata_of_4_bits_only_and_in_whole_groups():
-    quantizer = direct_quantizer(load_recipe(OURS), 64)
+    quantizer = record_quantizer(load_recipe(OURS), 64)
     keys, values = make_states(CPU, torch.float16, 64, tokens=64)
     history = quantizer.quantize(None, keys, values)
     channels = history.form.channels
@@ -122,7 +122,7 @@ def test_codes_are_appended_to_histories_with_metadata_of_4_bits_only_and_in_who
         history.append_codes(codes(channels), codes(63))
     with pytest.raises(ValueError, match="96 tokens do not fit into 64; call reserve first"):
         history.append_codes(codes(channels), codes(64))
-    plain = direct_quantizer(load_recipe("kivi_k2_v2"), 64).quantize(None, keys, values)
+    plain = record_quantizer(load_recipe("kivi_k2_v2"), 64).quantize(None, keys, values)
     with pytest.raises(ValueError, match="metadata has 16 bits"):
         plain.append_codes(codes(64), codes(64))
     assert history.held == [64, 64]

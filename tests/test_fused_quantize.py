@@ -5,6 +5,7 @@ import torch
 from direct_checks import RECIPES, check_reads_back, make_states
 from test_references import PACKABLE, UNPACKABLE
 
+from vidkv_eval.fused_fitted import FittedQuantizer
 from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
 from vidkv_eval.quant.affine import Affine
 from vidkv_eval.quant.sign import Sign
@@ -28,8 +29,9 @@ def test_states_of_other_dtypes_are_taken(dtype):
 
 
 @pytest.mark.parametrize("name", PACKABLE)
-def test_recipes_that_kernels_read_are_covered_unless_they_fit_levels(name):
-    assert (DirectQuantizer.of(load_recipe(name), 128) is None) == name.startswith("ours")
+def test_every_recipe_that_kernels_read_is_covered_by_one_of_the_two(name):
+    recipe = load_recipe(name)
+    assert (DirectQuantizer.of(recipe, 128) is None) == name.startswith("ours") == (FittedQuantizer.of(recipe, 128) is not None)
 
 
 @pytest.mark.parametrize("name", UNPACKABLE)

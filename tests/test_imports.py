@@ -12,6 +12,7 @@ ORDER = (
     "quant",
     "fused",
     "recipe",
+    "record_quantizer",
     "fused_quantize",
     "fused_fitted",
     "shared_lengths",

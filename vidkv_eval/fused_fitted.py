@@ -1,24 +1,25 @@
 """States quantized straight into the records that attention kernels read, for recipes of fitted levels with metadata of 4 bits.
 
-The same interface and the same promise as `fused_quantize.DirectQuantizer`, for the quantizer `Fitted`. The first tokens of a sequence
-choose its wide channels and the units of its metadata.
+The same interface and the same promise as `fused_quantize`, for the quantizer `Fitted`. The first tokens of a sequence choose its wide
+channels and the units of its metadata.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from vidkv_eval.fused import KeyPiece, NotPackable, channel_order, columns_of, key_pieces, packed_form, query_matrix
+from vidkv_eval.fused_quantize import DirectQuantizer
 from vidkv_eval.quant.base import Quantizer
 from vidkv_eval.quant.fitted import Fitted
 from vidkv_eval.quant.metadata import choose_units
 from vidkv_eval.quant.spectral import spectrum_of
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.recipe import Recipe
+from vidkv_eval.record_quantizer import RecordQuantizer
 from vidkv_kernels.fit_codes import OP as FIT_CODES
 from vidkv_kernels.fit_metadata import OP as FIT_METADATA
 from vidkv_kernels.fragment_history import KEY_METADATA, KEY_STATES, VALUE_METADATA, VALUE_STATES, FragmentHistory
@@ -40,14 +41,11 @@ class _Series:
     levels: int
 
 
-class FittedQuantizer:
+class FittedQuantizer(RecordQuantizer):
     """Quantizes keys and values of a recipe into a `FragmentHistory`; made by `of`.
 
     Keys are fitted as [wide channels, others or the spectrum of these], "sources" below. A source of 16 levels is stored as two channels
     of 4, see `fused.pack_keys`.
-
-    Attributes:
-        form: of the history.
     """
 
     def __init__(self, recipe_key: Quantizer, recipe_value: Fitted, form: Form, pieces: list[KeyPiece], transformed: int):
@@ -88,28 +86,17 @@ class FittedQuantizer:
             return None
         return cls(key, value, form, pieces, transformed)
 
-    def quantize(
+    def _append(
         self,
-        history: FragmentHistory | None,
+        history: FragmentHistory,
         keys: torch.Tensor,
         values: torch.Tensor,
-        capacity: int = 0,
-        *,
-        counts: Sequence[int] | None = None,
-    ) -> FragmentHistory:
-        """Append tokens; see `DirectQuantizer.quantize` for arguments, result and errors."""
+        counts: list[int],
+        numbers: torch.Tensor | None,
+        held: list[int],
+    ) -> None:
         batch, _, tokens, _ = keys.shape
-        counts = [tokens] * batch if counts is None else list(counts)
-        if any(count % self.form.group_size for count in counts):
-            raise ValueError(f"{counts} tokens cannot be cut into groups of {self.form.group_size}; give multiples")
-        held = counts if history is None else [old + new for old, new in zip(history.held, counts, strict=True)]
-        if history is None:
-            history = self._make(keys, max(*held, capacity))
-        else:
-            history.reserve(max(*held, capacity))
-        numbers = None
-        if set(counts) != {tokens}:
-            numbers = torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
+        if numbers is not None:
             is_taken = (torch.arange(tokens, device=keys.device) < numbers[:, None])[:, None, :, None]
             keys, values = torch.where(is_taken, keys, 0), torch.where(is_taken, values, 0)
         begun: dict[int, list[int]] = {}
@@ -125,7 +112,6 @@ class FittedQuantizer:
         for rows, count in starts:
             self._begin(history, rows, sources[rows][:, :, :count], values[rows][:, :, :count])
         history.append_codes(self._code_keys(history, sources), self._code_values(history, values), count=numbers, held=held)
-        return history
 
     def _make(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
         batch, heads, _, width = keys.shape
@@ -229,3 +215,8 @@ def _levels(runs: tuple[_Series, ...], device: torch.device) -> torch.Tensor:
 def _positive(units: torch.Tensor) -> torch.Tensor:
     """A unit is never 0, since numbers are counted in it."""
     return torch.where(units > 0, units, 1)
+
+
+def record_quantizer(recipe: Recipe, width: int) -> RecordQuantizer | None:
+    """Return what quantizes a recipe straight into records, for heads of so many channels; None: its quantizers and `fused` do."""
+    return DirectQuantizer.of(recipe, width) or FittedQuantizer.of(recipe, width)

@@ -11,7 +11,6 @@ What is stored is what the recipe's quantizers and `fused` store, except that an
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,13 +22,14 @@ from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.quant.split_tokens import SplitTokens
 from vidkv_eval.quant.ternary import Ternary
 from vidkv_eval.recipe import Recipe
+from vidkv_eval.record_quantizer import RecordQuantizer
 from vidkv_kernels import quantize_cuda
 from vidkv_kernels.fragment_history import KEY_METADATA, KEY_STATES, VALUE_METADATA, VALUE_STATES, FragmentHistory
 from vidkv_kernels.fragments import Form, UnsupportedForm
 
 
 @dataclass(frozen=True)
-class DirectQuantizer:
+class DirectQuantizer(RecordQuantizer):
     """Quantizes keys and values of a recipe into a `FragmentHistory`; tokens that a recipe protects must be in it already.
 
     Attributes:
@@ -69,47 +69,23 @@ class DirectQuantizer:
         threshold = value.threshold if isinstance(value, Ternary) else 0.0
         return cls(form, split, threshold, isinstance(normal, Spectral) and keys.matrix is not None)
 
-    def quantize(
-        self,
-        history: FragmentHistory | None,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        capacity: int = 0,
-        *,
-        counts: Sequence[int] | None = None,
-    ) -> FragmentHistory:
-        """Append tokens; nothing waits for the device.
-
-        Args:
-            history: what this quantizer made of the tokens before, changed in place; None for the first tokens. The order of a
-                sequence's channels is chosen over its first tokens.
-            keys, values: [B, H, T, D]; float16, bfloat16 or float32.
-            capacity: tokens to have room for afterwards, at least those held.
-            counts: how many of the tokens to take of each sequence, multiples of the group size; None: all.
-        Returns:
-            `history`, or the one that was made.
-        Raises:
-            ValueError: numbers of tokens that are no multiples, or states of another shape, dtype or device than the history takes.
-        """
-        batch, _, tokens, _ = keys.shape
-        counts = [tokens] * batch if counts is None else list(counts)
-        if any(count % self.form.group_size for count in counts):
-            raise ValueError(f"{counts} tokens cannot be cut into groups of {self.form.group_size}; give multiples")
-        held = counts if history is None else [old + new for old, new in zip(history.held, counts, strict=True)]
-        if history is None:
-            history = self._make(keys, max(*held, capacity))
-        else:
-            history.reserve(max(*held, capacity))
-        numbers = None if set(counts) == {tokens} else torch.tensor(counts, dtype=torch.int32).to(keys.device, non_blocking=True)
-        self._choose_order(history, keys, counts, numbers)
-        history.quantize(keys, values, self.threshold, count=numbers, held=held)
-        return history
-
     def _make(self, keys: torch.Tensor, capacity: int) -> FragmentHistory:
         batch, heads, _, width = keys.shape
         order = torch.zeros(batch, 1, width, dtype=torch.uint8, device=keys.device) if self.split else None
         matrix = query_matrix(width, width - self.form.wide_channels, ((0, width),), keys.device) if self.is_spectral else None
         return FragmentHistory(self.form, batch=batch, heads=heads, capacity=capacity, device=keys.device, order=order, matrix=matrix)
+
+    def _append(
+        self,
+        history: FragmentHistory,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        counts: list[int],
+        numbers: torch.Tensor | None,
+        held: list[int],
+    ) -> None:
+        self._choose_order(history, keys, counts, numbers)
+        history.quantize(keys, values, self.threshold, count=numbers, held=held)
 
     def _choose_order(self, history: FragmentHistory, keys: torch.Tensor, counts: list[int], numbers: torch.Tensor | None) -> None:
         """Choose the order of channels of the sequences that get their first tokens."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 
 from vidkv_eval.fused import NotPackable, pack_keys, pack_values, packed_form, read_keys, read_values
-from vidkv_eval.fused_fitted import FittedQuantizer
-from vidkv_eval.fused_quantize import DirectQuantizer, raise_faults
+from vidkv_eval.fused_fitted import record_quantizer
+from vidkv_eval.fused_quantize import raise_faults
 from vidkv_eval.quant.base import QuantizedStates
 from vidkv_eval.recipe import Recipe
 from vidkv_eval.shared_lengths import SharedLengths
@@ -103,9 +103,7 @@ class FusedStates:
         self.version = 0
         self._lengths = lengths
         self._has_fragments = reads_fragments(recipe, like)
-        self._direct: DirectQuantizer | FittedQuantizer | None = None
-        if self._has_fragments:
-            self._direct = DirectQuantizer.of(recipe, like.shape[3]) or FittedQuantizer.of(recipe, like.shape[3])
+        self._direct = record_quantizer(recipe, like.shape[3]) if self._has_fragments else None
         self._is_checked = True  # whether all that was quantized is known to have been finite
         self._history: FragmentHistory | PackedHistory | None = None
         batch, self._heads, _, self._channels = like.shape
