@@ -13,6 +13,7 @@ from vidkv_eval.quant.fitted import Fitted
 from vidkv_eval.quant.spectral import Spectral
 from vidkv_eval.quant.split_channels import SplitChannels
 from vidkv_eval.recipe import Recipe, load_recipe
+from vidkv_kernels.fragment_history import FragmentHistory
 
 CPU = torch.device("cpu")
 OURS = "ours_k182_v158"
@@ -131,3 +132,13 @@ def test_codes_are_appended_to_histories_with_metadata_of_4_bits_only_and_in_who
 def test_a_recipe_is_known_by_its_quantizers():
     recipe = load_recipe(OURS)
     assert FittedQuantizer.of(recipe, 128) is FittedQuantizer.of(dataclasses.replace(recipe, name="other"), 128)
+
+
+def test_channels_without_an_offset_of_their_own_get_none(monkeypatch):
+    given = []
+    monkeypatch.setattr(FragmentHistory, "append_codes", lambda _, keys, values, **others: given.append((keys, values)))
+    history = record_quantizer(load_recipe(OURS), 64).quantize(None, *make_states(CPU, torch.float16, 64, tokens=64))
+    ((_, metadata), _) = given[0]
+    stored = history.form.stored_offsets
+    assert stored == 64 and metadata.shape[-1] == 70
+    assert (metadata[..., stored:] & 15 == 0).all() and (metadata[..., :stored] & 15 != 0).any() and (metadata[..., stored:] >> 4 != 0).any()
