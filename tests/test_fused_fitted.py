@@ -141,4 +141,5 @@ def test_channels_without_an_offset_of_their_own_get_none(monkeypatch):
     ((_, metadata), _) = given[0]
     stored = history.form.stored_offsets
     assert stored == 64 and metadata.shape[-1] == 70
-    assert (metadata[..., stored:] & 15 == 0).all() and (metadata[..., :stored] & 15 != 0).any() and (metadata[..., stored:] >> 4 != 0).any()
+    assert (metadata[..., stored:] & 15 == 0).all() and (metadata[..., :stored] & 15 != 0).any()
+    assert (metadata[..., stored:] >> 4 != 0).any()
