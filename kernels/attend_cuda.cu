@@ -76,7 +76,7 @@ constexpr int CHOSEN_AT = RECORDS * KEY_RECORD + VALUE_PLACES * VALUE_RECORD;
 constexpr int QUEUES_AT = CHOSEN_AT + CHOSEN_RECORDS * CHOSEN_RECORD;  // rows of 8 heads: others, protected, and one for what is not held
 constexpr int SLOT = PROTECTED ? QUEUES_AT + (2 * QUEUE + 1) * 16 : CHOSEN_AT;
 constexpr int BARRIERS = PROTECTED ? 32 : 16;  // bytes of a warp
-// Barriers come first, and nothing else ever lies there: their memory changes by itself when a GPU turns from one process to another.
+// Barriers come first, and nothing else ever lies there: what was written over one was lost while other processes used the GPU (NOTES.md).
 constexpr int SLOTS_AT = (WARPS * BARRIERS + 127) / 128 * 128;
 constexpr float NEVER = -3e38f;
 constexpr float LOWEST = -1e30f;

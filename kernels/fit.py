@@ -4,9 +4,8 @@ The level of code c is middle + scale * (c - half), half = (levels - 1) / 2. An 
 group, in standard deviations, at least SMALLEST_WEIGHT) ** emphasis. The fit starts with levels from minimum to maximum; then codes and
 levels are improved by turns, as in Lloyd's method.
 
-Metadata in 4 bits: scale = unit * code and middle = center + unit * (code - CENTER_CODE), codes 0 .. 15, rounded half to even. What is
-stored is coarser than what was fitted, so each choice is made for what has been rounded before it: the middle for the scale as
-stored, codes for both.
+Metadata in 4 bits is counted as in `packed`, codes rounded half to even. What is stored is coarser than what was fitted, so each choice is
+made for what has been rounded before it: the middle for the scale as stored, codes for both.
 
 `half` is a number, or a tensor that groups broadcast with; groups are float32 and lie along `dim`, in which metadata have size 1.
 """
@@ -15,10 +14,11 @@ from __future__ import annotations
 
 import torch
 
+from vidkv_kernels.packed import METADATA_CODES
+
 # More changes nothing that could be measured.
 ROUNDS = 4
 SMALLEST_WEIGHT = 0.05
-CENTER_CODE = 7
 
 Half = float | torch.Tensor
 
@@ -39,6 +39,11 @@ def fit(groups: torch.Tensor, half: Half, emphasis: float, dim: int) -> tuple[to
         scale = (spread * (groups - mean)).sum(dim, keepdim=True) / torch.where(size > 0, size, 1)
         middle = mean - scale * mean_steps
     return scale.clamp(min=0), middle, weights
+
+
+def scale_codes(scale: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Return the codes of 4 bits, as floats, of scales counted in `unit`."""
+    return (scale / unit).round().clamp(max=METADATA_CODES - 1)
 
 
 def middle_for(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from vidkv_kernels.fit import CENTER_CODE, codes_for, fit, middle_for
+from vidkv_kernels.fit import codes_for, fit, middle_for, scale_codes
 from vidkv_kernels.fit_metadata import calls, check_fit
 from vidkv_kernels.op import Op
-from vidkv_kernels.packed import METADATA_CODES, check_packed
+from vidkv_kernels.packed import CENTER_CODE, METADATA_CODES, check_packed
 
 
 def fit_codes_reference(
@@ -30,7 +30,7 @@ def fit_codes_reference(
     groups, half = states.unflatten(2, (-1, group_size)), (levels.float() - 1) / 2
     scale, middle, weights = fit(groups, half, emphasis, 3)
     scale_unit, middle_unit, center = units.float().unsqueeze(2).unsqueeze(2).unbind(4)
-    scale_code = (scale / scale_unit).round().clamp(max=METADATA_CODES - 1)
+    scale_code = scale_codes(scale, scale_unit)
     scale = scale_unit * scale_code
     origin = center - CENTER_CODE * middle_unit
     middle = middle_for(groups, half, scale, middle, weights, 3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from vidkv_kernels.fit import fit, middle_for
+from vidkv_kernels.fit import fit, middle_for, scale_codes
 from vidkv_kernels.op import Op
-from vidkv_kernels.packed import GROUP_SIZES, METADATA_CODES, check, check_packed
+from vidkv_kernels.packed import GROUP_SIZES, check, check_packed
 
 
 def fit_metadata_reference(
@@ -39,7 +39,7 @@ def fit_metadata_reference(
         return scale.squeeze(3)
     check_packed("scale_unit", scale_unit, (batch, heads, channels), torch.float16, states.device)
     unit = scale_unit.to(dtype)[:, :, None, None]
-    scale = unit * (scale / unit).round().clamp(max=METADATA_CODES - 1)
+    scale = unit * scale_codes(scale, unit)
     return middle_for(groups, half, scale, middle, weights, 3).squeeze(3)
 
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vidkv_kernels.fit import CENTER_CODE, ROUNDS, SMALLEST_WEIGHT
+from vidkv_kernels.fit import ROUNDS, SMALLEST_WEIGHT
+from vidkv_kernels.packed import CENTER_CODE
 
 COLUMNS = 32
 WARPS = {32: 4, 64: 4, 128: 8}  # by the tokens of a group

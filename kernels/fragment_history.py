@@ -208,9 +208,7 @@ class FragmentHistory:
         for part in values:
             check("values.codes", part.codes, (batch, heads, None, None), (torch.int32, torch.uint8), self.device)
         tokens = _room(self.form, keys, values)
-        held = [length + tokens for length in self.held] if held is None else list(held)
-        if max(held) > self.capacity:
-            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        held = self._held_afterwards(tokens, held)
         if begun and self.order is not None and self.order.shape[0] > 1:
             self.order[list(begun)] = keys.order[list(begun)]
         if begun and self.units is not None:
@@ -236,6 +234,13 @@ class FragmentHistory:
             own.mark(protected)
         self.lengths += counts
         self.held = held
+
+    def _held_afterwards(self, tokens: int, held: Sequence[int] | None) -> list[int]:
+        """Return how many tokens each sequence holds when so many have been appended, if the caller does not know better."""
+        held = [length + tokens for length in self.held] if held is None else list(held)
+        if max(held) > self.capacity:
+            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        return held
 
     def append_codes(
         self,
@@ -265,9 +270,7 @@ class FragmentHistory:
             check_packed(f"{name}, codes", pair[0], (batch, heads, tokens, channels), torch.uint8, self.device)
             groups = (batch, heads, tokens // form.group_size, channels)
             check_packed(f"{name}, metadata", pair[1], groups, torch.uint8, self.device)
-        held = [length + tokens for length in self.held] if held is None else list(held)
-        if max(held) > self.capacity:
-            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        held = self._held_afterwards(tokens, held)
         counts = torch.full_like(self.lengths, tokens) if count is None else count
         check_packed("count", counts, (batch,), torch.int32, self.device)
         write = pack_cuda.write_bytes if self.device.type == "cuda" else _write_bytes
@@ -327,9 +330,7 @@ class FragmentHistory:
             raise UnsupportedForm("keys of this history lie around a center; states are quantized as they are")
         size = self.form.group_size
         tokens = keys.shape[2] // size * size
-        held = [length + tokens for length in self.held] if held is None else list(held)
-        if max(held) > self.capacity:
-            raise ValueError(f"{max(held)} tokens do not fit into {self.capacity}; call reserve first")
+        held = self._held_afterwards(tokens, held)
         if self.device.type == "cuda":
             quantize_cuda.append(self, keys, values, threshold, begin, count)
         elif tokens:

@@ -360,7 +360,7 @@ def write(rows: list[dict], folder: Path) -> None:
         "",
         f"{gpu.name}, torch {torch.__version__}, {datetime.datetime.now(datetime.UTC).date()}; runs of {STEPS} steps after {WARM_UP}, "
         f"{ROUNDS['graph']} rounds (eager: {ROUNDS['eager']}). Made by "
-        f"`python {' '.join(argument.replace(str(folder), folder.name) for argument in sys.argv)}`.",
+        f"`python {' '.join(folder.name if Path(argument) == folder else argument for argument in sys.argv)}`.",
         "",
         " ".join(setting.split()),
         "",

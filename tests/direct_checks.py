@@ -56,8 +56,9 @@ def check_recipe_reads_back(recipe, device, dtype, width, cuts=CUTS):
         assert (left.unpack() != right.unpack()).float().mean() < 1e-4
         for metadata in ("scale", "offset"):
             if getattr(right, metadata) is not None and getattr(right, metadata).dtype == torch.uint8:
-                # Codes of 4 bits, two a byte. What is fitted may differ where an element lay at the border of two codes on the way.
-                assert (getattr(left, metadata) != getattr(right, metadata)).float().mean() < 1e-3
+                # Codes of 4 bits, two a byte. What is fitted differs where an element lay at the border of two codes on the way: states
+                # off by one rounding step change 2 of 20,736.
+                assert (getattr(left, metadata) != getattr(right, metadata)).float().mean() < 5e-4
             elif getattr(right, metadata) is not None:
                 torch.testing.assert_close(getattr(left, metadata), getattr(right, metadata), rtol=2**-10, atol=1e-5)
     length = cuts[-1][1]
